@@ -63,7 +63,7 @@ def joined(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: type("Stream", (), {"cuda_stream": 5}))
 
     def join(library: FakeLibrary, rank: int, check: Callable[[], None] = lambda: None):
-        monkeypatch.setattr(nccl, "load", lambda: library)
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
         memory = new_memory(1)
         side = NowSide(torch.device("cpu"))
         return Nccl(memory).join(bytes(range(128)), rank, side, check), memory, side
@@ -115,10 +115,10 @@ def test_nccl_ends_its_wait_when_the_peer_leaves(joined) -> None:
 def test_without_nccl_there_is_no_way_and_a_line_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    def load() -> ctypes.CDLL:
+    def load(name: str) -> ctypes.CDLL:
         raise OSError("libnccl.so.2: cannot open shared object file")
 
-    monkeypatch.setattr(nccl, "load", load)
+    monkeypatch.setattr(ctypes, "CDLL", load)
     monkeypatch.setattr(interface, "way", lambda one, other, how: "nccl")
     assert (
         interface.connect(new_memory(1), new_memory(1).info(""), door(("d0", 1), str(tmp_path)), peer("p0"), "auto")
@@ -130,9 +130,7 @@ def test_without_nccl_there_is_no_way_and_a_line_says_so(
 def test_nccl_as_it_is() -> None:
     """Its own library, where that is installed: what we declare exists, and an identity fills its bytes."""
     try:
-        library = nccl.load()
+        network = Nccl(new_memory(1))
     except OSError:
         pytest.skip("no libnccl.so.2 here (the nvidia-nccl wheel, 300 MB, has it)")
-    identity = nccl.UniqueId()
-    nccl.call(library, "ncclGetUniqueId", ctypes.byref(identity))
-    assert any(bytes(identity))
+    assert any(network.identity())

@@ -2,8 +2,7 @@
 pool to pool, each straight to its place.
 
 Each direction of a pair has a communicator of its own beside its socket, so a send never waits for a receive. The
-receiver posts its receive when the sender has said that it sends, so no kernel waits on a GPU for a peer that is slow
-to begin.
+receiver posts its receive when the sender says that it sends, so no kernel waits for a peer that is slow to begin.
 
 This declares only the functions of NCCL that it takes, by ctypes, as nccl.h has them since 2.18; torch brings the
 library along. torch's own process groups have one communicator for both directions of a pair, and end the process when
@@ -17,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 
@@ -74,33 +72,25 @@ FUNCTIONS = {
 }
 
 
-def load() -> ctypes.CDLL:
-    """The library that torch uses. Raises OSError if there is none."""
-    library = ctypes.CDLL("libnccl.so.2")
-    for name, arguments in FUNCTIONS.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, _int
-    library.ncclGetErrorString.argtypes, library.ncclGetErrorString.restype = [_int], ctypes.c_char_p
-    return library
-
-
 class Nccl:
-    """Makes communicators over our pool."""
+    """The library that torch uses, which makes communicators over our pool."""
 
     def __init__(self, memory: KVMemory) -> None:
         """Raises OSError if there is no NCCL."""
-        self.library = load()
-        self.memory = memory
+        self.memory, self.library = memory, ctypes.CDLL("libnccl.so.2")
+        for name, arguments in FUNCTIONS.items():
+            function = getattr(self.library, name)
+            function.argtypes, function.restype = arguments, _int
+        self.library.ncclGetErrorString.argtypes, self.library.ncclGetErrorString.restype = [_int], ctypes.c_char_p
 
     def enter_thread(self) -> None:
-        """The calling thread will make communicators and use them. It begins with GPU 0 as its current one, and would
-        take memory there."""
+        """The calling thread will use communicators. Its current GPU is number 0 before, where it would take memory."""
         torch.cuda.set_device(self.memory.pages.device)
 
     def identity(self) -> bytes:
         """What both sides of a new communicator need to find each other: the place of a thread of NCCL's here."""
         identity = UniqueId()
-        call(self.library, "ncclGetUniqueId", ctypes.byref(identity))
+        self.call("ncclGetUniqueId", ctypes.byref(identity))
         return bytes(identity)
 
     def join(self, identity: bytes, rank: int, side: SideStream, check: Callable[[], None]) -> "NcclCommunicator":
@@ -108,16 +98,25 @@ class Nccl:
         has to wait for the peer, also later, `check` is called; what that raises ends the wait."""
         return NcclCommunicator(self, identity, rank, side, check)
 
+    def call(self, function: str, *arguments: object) -> None:
+        """Call a function of NCCL's, which may go on. Raises `TransferError`."""
+        self.expect(getattr(self.library, function)(*arguments), function)
+
+    def expect(self, result: int, function: str) -> None:
+        """Raises `TransferError` unless the function has succeeded or goes on."""
+        if result not in (SUCCESS, IN_PROGRESS):
+            text = str(self.library.ncclGetErrorString(result), "ascii", "replace")
+            raise TransferError(f"NCCL: {function}: {text}")
+
 
 class NcclCommunicator:
     """One direction of a pair, beside the engine's steps. Both sides name as many pages, in the same order.
 
-    Its calls do not block: one that has to wait for the peer returns at once, and `_settle` waits, so that a peer that
-    leaves can end it.
+    Its calls do not block: one that has to wait for the peer returns, and `_settle` waits, until that comes or leaves.
     """
 
     def __init__(self, network: Nccl, identity: bytes, rank: int, side: SideStream, check: Callable[[], None]) -> None:
-        self._library, self._call = network.library, partial(call, network.library)
+        self._network, self._call = network, network.call
         self._base, self._page_bytes = network.memory.pages.data_ptr(), network.memory.shape.bytes
         self._peer, self._side, self._check = 1 - rank, side, check
         self._communicator = _pointer()
@@ -143,7 +142,7 @@ class NcclCommunicator:
     def abort(self) -> None:
         """Nothing more is read or written when this returns, whatever was under way."""
         if self._communicator:
-            self._library.ncclCommAbort(self._communicator)
+            self._network.library.ncclCommAbort(self._communicator)
             self._communicator = _pointer()
             self._side.drain()
 
@@ -164,10 +163,9 @@ class NcclCommunicator:
         state = _int(IN_PROGRESS)
         while True:
             self._call("ncclCommGetAsyncError", self._communicator, ctypes.byref(state))
+            self._network.expect(state.value, "the communicator")
             if state.value == SUCCESS:
                 return
-            if state.value != IN_PROGRESS:
-                raise TransferError(f"NCCL: {text(self._library, state.value)}")
             self._check()
             time.sleep(POLL_SECONDS)
 
@@ -238,14 +236,3 @@ class NcclLine(Line):
 def nccl_transfer(network: Nccl, door: Door, peer: Peer, timeout: float = 30.0) -> PairTransfer:
     """Between pools on GPUs."""
     return PairTransfer(NcclLine(network, SENDER, timeout), NcclLine(network, RECEIVER, timeout), door, peer)
-
-
-def call(library: ctypes.CDLL, function: str, *arguments: object) -> None:
-    """Call a function of NCCL's. Raises `TransferError`."""
-    result = getattr(library, function)(*arguments)
-    if result not in (SUCCESS, IN_PROGRESS):
-        raise TransferError(f"NCCL: {function}: {text(library, result)}")
-
-
-def text(library: ctypes.CDLL, result: int) -> str:
-    return str(library.ncclGetErrorString(result), "ascii", "replace")
