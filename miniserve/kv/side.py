@@ -12,24 +12,27 @@ import torch
 
 
 class CudaFence:
-    """The end of the work that a stream is given between the events `begin` and `end`."""
+    """The end of what `work` launches on the current stream, between two events."""
 
-    def __init__(self) -> None:
-        self.begin = torch.cuda.Event(enable_timing=True)
-        self.end = torch.cuda.Event(enable_timing=True, blocking=True)
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._begin = torch.cuda.Event(enable_timing=True)
+        self._end = torch.cuda.Event(enable_timing=True, blocking=True)
+        self._begin.record()
+        work()
+        self._end.record()
 
     @property
     def done(self) -> bool:
-        return self.end.query()
+        return self._end.query()
 
     @property
     def seconds(self) -> float:
         """How long the work took, once `done`."""
-        return self.begin.elapsed_time(self.end) / 1000
+        return self._begin.elapsed_time(self._end) / 1000
 
     def wait(self) -> None:
         """Block until the work is `done`; any thread may call this."""
-        self.end.synchronize()
+        self._end.synchronize()
 
 
 class PassedFence:
@@ -47,12 +50,7 @@ Fence = CudaFence | PassedFence
 
 def passing(device: torch.device) -> Fence:
     """The end of all that the engine's stream of the device was given so far."""
-    if device.type != "cuda":
-        return PassedFence()
-    fence = CudaFence()
-    fence.begin.record()
-    fence.end.record()
-    return fence
+    return CudaFence(lambda: None) if device.type == "cuda" else PassedFence()
 
 
 class SideStream:
@@ -64,20 +62,15 @@ class SideStream:
 
     def run(self, work: Callable[[], None]) -> Fence:
         """Queue on this stream what `work` launches. Only `follow` and `lead` order it with the engine's stream."""
-        fence = CudaFence()
         with torch.cuda.stream(self._stream):
-            fence.begin.record()
-            work()
-            fence.end.record()
-        return fence
+            return CudaFence(work)
 
     def follow(self) -> None:
         """Work that is queued here from now on begins when the engine's stream has done all it was given so far."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def lead(self) -> None:
-        """Work that the engine's stream is given from now on begins when all that was queued here is done. The host
-        does not wait."""
+        """Work that the engine's stream is given from now on waits there for all that was queued here."""
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def drain(self) -> None:
@@ -93,8 +86,7 @@ def copy_pages(source: torch.Tensor, froms: list[int], target: torch.Tensor, tos
 def pin(memory: torch.Tensor) -> None:
     """Lock host memory for the rest of this process, so that a GPU can copy from and to it beside its steps.
 
-    The memory is registered, not allocated with `pin_memory=True`, which rounds up to the next power of two. Raises
-    RuntimeError.
+    It is registered, not allocated with `pin_memory=True`, which rounds up to a power of two. Raises RuntimeError.
     """
     portable = 1
     torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, portable))

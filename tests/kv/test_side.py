@@ -101,7 +101,7 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> tuple[KVMemory, KVMemory, MappedT
     ours, theirs = device_memory(1), device_memory(2)
 
     def map_pool(pool: PoolInfo, device: torch.device) -> torch.Tensor:
-        return mapping.words_of(theirs.pages.untyped_storage(), pool)
+        return theirs.bytes[: pool.num_pages].view(torch.int64)
 
     monkeypatch.setattr(mapping, "map_pool", map_pool)
     before = content(ours, *range(PAGES))

@@ -49,8 +49,7 @@ class MappedTransfer:
             self.fetch([0], [memory.num_pages]).fence.wait()
 
     def fetch(self, theirs: list[int], ours: list[int], lease: float = math.inf) -> MappedCopy:
-        """As `Transfer.fetch`. A GPU begins when nothing given to the engine's stream before can still read or write
-        our pages."""
+        """As `Transfer.fetch`. A GPU begins when the engine's stream has done all that it was given before."""
         if self.side is None:
             for source, destination in zip(theirs, ours, strict=True):
                 self._ours[destination] = self._theirs[source]
@@ -76,10 +75,5 @@ def map_pool(pool: PoolInfo, device: torch.device) -> torch.Tensor:
     storage = torch.UntypedStorage._new_shared_cuda(
         device.index, peer.handle, peer.size, peer.offset, peer.counter, peer.counter_offset, b"", False
     )
-    return words_of(storage, pool)
-
-
-def words_of(storage: torch.UntypedStorage, pool: PoolInfo) -> torch.Tensor:
-    """The pages that peers may read as int64 `[page, word]`."""
     flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
     return flat[: pool.num_pages * pool.page_bytes].view(torch.int64).view(pool.num_pages, -1)
