@@ -13,8 +13,7 @@ from miniserve.cluster.messages import Keep
 
 UNKNOWN = Keep()
 RANKING_SECONDS = 1.0
-"""How long groups are evicted in the order of what they were worth, unless they are touched. To find that order takes
-time in proportion to their number."""
+"""How long groups go in the order of what they were worth, unless touched: finding that takes time for each group."""
 
 
 def need(keep: Keep, elapsed: float) -> float:
@@ -69,8 +68,7 @@ class ExpectedNeed:
         """Pages whose turn to go came while others built on them."""
         self._group_of: dict[int, Group] = {}
         self._ranking: list[tuple[float, int, float, Group]] = []
-        """A heap of (worth, tie-breaker, the group's `end` when the worth was computed, group). It is built anew after
-        `RANKING_SECONDS`."""
+        """A heap of (worth, tie-breaker, the group's `end` at that time, group), made anew after `RANKING_SECONDS`."""
         self._ranked = 0.0  # when the heap was built
         self._typical = UNKNOWN  # the average conversation at that time
 

@@ -34,8 +34,7 @@ DAMAGED = (ValueError, msgspec.MsgspecError)
 
 class Folder:
     """At most `size` bytes of files in `path`, shared with others. `memory` is the uint8 `[slot, byte]` of host memory.
-    A thread reads; another one writes, deletes and learns what others did. Raises OSError for a folder that cannot be
-    used."""
+    A thread reads; another one writes, deletes and learns what others did. Raises OSError."""
 
     def __init__(self, path: Path, size: int, memory: np.ndarray) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

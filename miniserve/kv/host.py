@@ -27,13 +27,11 @@ class Slots(Protocol):
         """Copy page or slot `sources[i]` to slot or page `targets[i]`, before anything that the engine does next."""
 
     def barrier(self) -> Callable[[], None]:
-        """What blocks until all copies so far are made, for those who use either side beside the engine's steps: a
-        peer, a disk. Any thread may call it."""
+        """What blocks until all copies so far are made: for peers and disks, beside the steps, on any thread."""
 
 
 class HostPool(PagePool):
-    """`slots` for evicted pages, found by their hashes. It is a `PagePool` with an `order` of its own: what is dropped
-    for good is what is needed least."""
+    """`slots` for evicted pages: a `PagePool` with an `order` of its own, which drops for good what is needed least."""
 
     def __init__(self, slots: Slots, order: ExpectedNeed) -> None:
         super().__init__(slots.num_pages, order)

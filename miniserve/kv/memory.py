@@ -96,8 +96,7 @@ class KVMemory:
     def _handle(self) -> CudaHandle | None:
         """How a peer maps this pool by CUDA IPC; None on a CPU.
 
-        It is made once, since torch counts each export. The whole block that the driver gave is exported: the pool is
-        one allocation that is never made again.
+        It is made once, since torch counts each export. The whole block of the driver's is exported: it is the pool.
         """
         if self.pages.device.type != "cuda":
             return None

@@ -19,8 +19,7 @@ class OutOfPages(RuntimeError):
 
 
 class Evicted(NamedTuple):
-    """A page about to be given away: the hash of what it holds, that of the page before it, and what was said of its
-    conversation when its last turn ended."""
+    """A page about to be given away: its hash, its parent's, what was said when its conversation's last turn ended."""
 
     page: int
     digest: bytes
@@ -86,8 +85,7 @@ class PagePool:
         return self.num_pages - self.num_available
 
     def allocate(self, count: int, now: float) -> list[int]:
-        """`count` pages with one reference each and undefined content, unused prefixes evicted if needed. Raises
-        `OutOfPages`, and then changes nothing."""
+        """`count` pages with a reference each, evicted if need be. Raises `OutOfPages`, and then changes nothing."""
         if count > self.num_available:
             raise OutOfPages(f"{count} pages asked for, {self.num_available} available of {self.num_pages}")
         pages = []
@@ -111,8 +109,7 @@ class PagePool:
         return pages
 
     def register(self, page: int, digest: bytes, parent: bytes | None = None) -> None:
-        """Make a held, full page findable under its chain hash, unless another page has that name already; `parent` is
-        the hash of the page before it."""
+        """Make a held, full page findable by its hash, unless another one is; `parent` is the hash of that before."""
         assert self._refs[page] > 0, "only a held page has content worth naming"
         if self.caching and digest not in self._page_of and self._hash_of[page] is None:
             self._page_of[digest] = page
@@ -143,14 +140,12 @@ class PagePool:
         self._drop([page for page in self._page_of.values() if not self._refs[page]])
 
     def owner(self, digest: bytes) -> str | None:
-        """The conversation that released the page of that name last ("": an unknown one); None while it is held, or if
-        there is none."""
+        """The conversation that released the page of that name last ("": an unknown one); None if it is not cached."""
         page = self._page_of.get(digest)
         return None if page is None else self._order.owner(page)
 
     def drop_snapshots(self, conversation: str, but: set[bytes]) -> None:
-        """Free the cached snapshots that the conversation released last, but for those after what the hashes `but`
-        stand for."""
+        """Free the cached snapshots that the conversation released last, but for those after the hashes `but`."""
         named = [(page, self._hash_of[page] or b"") for page in self._order.pages_of(conversation)]
         self._drop([page for page, name in named if is_snapshot(name) and name[:HASH_BYTES] not in but])
 

@@ -34,8 +34,7 @@ class TransferError(RuntimeError):
 
 class Door:
     """Listens for the peers of a worker, named by `us`, its name and epoch, on the `host` of this name. With an
-    `address` of that host also at a TCP port: `far` is what the frontend announces to other hosts; "" without one. One
-    thread says who is expected."""
+    `address` of that host also at a TCP port: `far` is how others find it, else "". One thread says who may come."""
 
     def __init__(self, us: tuple[str, int], run_dir: str, key: bytes, host: str = "", address: str = "") -> None:
         """Raises OSError if there can be no socket in `run_dir`, or none at `address`."""

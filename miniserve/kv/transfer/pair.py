@@ -37,8 +37,7 @@ REQUEST = struct.Struct("<Id")
 class Line:
     """Carries pages of `memory` in one direction: here as bytes over the connection itself, between CPU pools that are
     not mapped, and between two on one GPU, where NCCL has no way. All bytes of a publication are in host memory before
-    any is written to the pool, beside the steps of a CPU; on a GPU the copy waits for the step that runs. Unverified on
-    a GPU (docs/gpu.md).
+    one is written to the pool, beside a CPU's steps, after a GPU's present one. Unverified on a GPU (docs/gpu.md).
 
     The engine's thread makes it, and calls `follow` and `lead`; the direction's thread calls the others, which raise
     OSError or RuntimeError. `lock` guards what the two share of a copy.
@@ -54,8 +53,7 @@ class Line:
         """What is asked for from now on is written after all that the engine's stream was given."""
 
     def lead(self) -> None:
-        """What is being received, up to the `fence` of its copy, was given up: it comes before all that the engine's
-        stream is given next."""
+        """What is being received, up to its copy's `fence`, was given up: the engine's stream goes on after it."""
 
     @contextlib.contextmanager
     def opened(self, channel: socket.socket, closed: threading.Event) -> Iterator[None]:
