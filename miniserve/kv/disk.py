@@ -9,11 +9,10 @@ disk, and no page of the device is held for one. This is the bookkeeping; the fi
 from __future__ import annotations
 
 import logging
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
-from math import inf
+from math import inf, nextafter
 from typing import Protocol
 
 import msgspec
@@ -91,28 +90,22 @@ class Pieces:
         the cost of computing, as in the pool."""
         if self.total <= limit:
             return []
-        pieces, total = dict(self.sizes), self.total
-        children = Counter(piece.parent for piece in (coming, *(piece for piece, _ in pieces.values())))
-        leaves: list[tuple[float, bytes]] = []
-
-        def leaf(piece: Piece) -> None:
-            if not any(children[digest] for digest in piece.hashes):
-                keep = msgspec.structs.replace(piece.keep, gap=piece.keep.gap or UNKNOWN_GAP)
-                worth = need(keep, max(now - piece.end, 0.0)) * (keep.page_seconds or 1.0)
-                heappush(leaves, (worth, piece.name))
-
-        for piece, _ in pieces.values():
-            leaf(piece)
-        going: list[bytes] = []
-        while leaves and total > limit * (1 - SPARE):
-            name = heappop(leaves)[1]
-            piece, size = pieces.pop(name)
+        worth = dict[bytes, float]()
+        for piece, _ in self.sizes.values():
+            keep = msgspec.structs.replace(piece.keep, gap=piece.keep.gap or UNKNOWN_GAP)
+            worth[piece.name] = need(keep, max(now - piece.end, 0.0)) * (keep.page_seconds or 1.0)
+        worth[coming.name] = inf
+        for piece in (coming, *(piece for piece, _ in self.sizes.values())):
+            least, before = worth[piece.name], self._home.get(piece.parent or b"")
+            while before is not None and worth[before.name] <= least:  # what comes before is worth more
+                worth[before.name] = least = nextafter(least, inf)
+                before = self._home.get(before.parent or b"")
+        going, total = list[bytes](), self.total
+        for name in sorted(self.sizes, key=worth.__getitem__):
+            if total <= limit * (1 - SPARE) or worth[name] == inf:
+                break
             going.append(name)
-            total -= size
-            children[piece.parent] -= 1
-            before = self._home.get(piece.parent) if piece.parent is not None else None
-            if before is not None and before.name in pieces:
-                leaf(before)
+            total -= self.sizes[name][1]
         return going
 
 
@@ -259,8 +252,7 @@ class Disk:
         load.deadline = -inf
 
     def _write(self, now: float) -> None:
-        """Begin to write the next piece of the first turn. What is there already, or is nowhere any more, is not, nor
-        what follows on a page that had to go meanwhile."""
+        """Begin to write the next piece of the first turn: not what is there already, or behind what is gone."""
         turn = self._ended[0]
         hashes, at = turn.hashes, self.store.find(turn.hashes)
         slots: list[int] = []
