@@ -2,14 +2,14 @@
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 import msgspec
 from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from miniserve.cluster.messages import Failed, FinishReason, FirstToken, TokenLogprob, TurnOutput
-from miniserve.config import ConfigError, EngineConfig, parse_bytes, parse_quantization, problem
+from miniserve.config import ConfigError, EngineConfig, problem
 from miniserve.hub.resolve import resolve
 from miniserve.kv.hashing import root_hash
 from miniserve.sampling_params import ParameterError, SamplingParams, mistyped
@@ -23,9 +23,6 @@ from miniserve.worker.sequence import Sequence
 
 COMPILING_SECONDS = 0.001
 """How often to look whether a grammar has been compiled, while there is nothing else to do."""
-
-WRITTEN = {"kv_cache_memory": parse_bytes, "swap_space": parse_bytes, "quantization": parse_quantization}
-"""Settings that may be given as on the command line."""
 
 RATE = TextColumn("{task.fields[rate]:.0f} tok/s")
 PROGRESS = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), RATE
@@ -56,12 +53,9 @@ class RequestOutput(msgspec.Struct):
 
 
 class LLM:
-    """A model ready to generate, with the same engine that worker processes run.
-
-    `model` is a folder, an alias like `smollm2-135m`, or a hub id; the other arguments are those of `EngineConfig`
-    (dtype, max_model_len, kv_cache_memory and swap_space in bytes or like "2GiB", max_num_batched_tokens, ...). Raises
-    `ModelError` or `ConfigError`.
-    """
+    """A model ready to generate, with the same engine that worker processes run. `model` is a folder, an alias like
+    `smollm2-135m`, or a hub id; the other arguments are those of `EngineConfig` (dtype, kv_cache_memory
+    and so on), as values or written as on the command line ("32k", "2GiB"). Raises `ModelError` or `ConfigError`."""
 
     def __init__(
         self,
@@ -86,11 +80,9 @@ class LLM:
         progress: bool = True,
         salt: str = "",
     ) -> list[RequestOutput]:
-        """Continue each prompt (text, or token ids); one `RequestOutput` each, in order.
-
-        `params` is one for all or one each. Raises `ParameterError` for a prompt or parameter that cannot be honoured,
-        before anything is computed. What fails later is the `error` of its own output: the others are as without it.
-        """
+        """Continue each prompt (text, or token ids); one `RequestOutput` each, in order. `params` is one for all or one
+        each. Raises `ParameterError` for a prompt or parameter that cannot be honoured, before anything is computed.
+        What fails later is the `error` of its own output: the others are as without it."""
         items: Any = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(items, list | tuple):
             raise ParameterError("prompts", f"`prompts` must be one prompt or a list of them, got {items!r:.100}.")
@@ -118,8 +110,7 @@ class LLM:
         salt: str = "",
         **template: Any,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or each of several, through the model's chat template; see `Tokenizer.chat` for
-        `template`. Raises as `generate` does."""
+        """Answer one conversation, or each of several; `template` is as in `Tokenizer.chat`. Raises as `generate`."""
         several = isinstance(messages, list | tuple) and all(isinstance(m, list | tuple) for m in messages)
         conversations: list[Any] = [*messages] if several else [messages]
         prompts = [self.tokenizer.chat(_for_template(conversation), **template) for conversation in conversations]
@@ -205,13 +196,12 @@ def _take(output: TurnOutput, made: RequestOutput, done: CompletionOutput, words
 
 def _engine_config(model: str, settings: dict[str, Any]) -> EngineConfig:
     """What the arguments of `LLM` mean. Raises `ConfigError`."""
-    names = [name for name in EngineConfig.__struct_fields__ if name != "model"]
-    for name in settings:
-        if name not in names:
-            raise ConfigError(f"LLM has no setting {name!r}. Its settings are {', '.join(names)}.")
-    for name, parse in WRITTEN.items():
-        if isinstance(text := settings.get(name), str):
-            settings = {**settings, name: parse(text)}
+    fields = {field.name: field.type for field in msgspec.structs.fields(EngineConfig) if field.name != "model"}
+    for name, given in settings.items():
+        if name not in fields:
+            raise ConfigError(f"LLM has no setting {name!r}. Its settings are {', '.join(fields)}.")
+        if isinstance(given, str) and get_origin(fields[name]) is Annotated:  # as on the command line
+            settings[name] = get_args(fields[name])[1](given)
     config = EngineConfig(model=model, **settings)
     if problem := mistyped(config):
         raise ConfigError(problem[1])

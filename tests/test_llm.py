@@ -251,7 +251,8 @@ def test_sizes_are_written_as_on_the_command_line(llm: LLM) -> None:
     [
         ({"kv_cache_memory": "lots"}, "write it like 2GiB"),
         ({"kv_cache_memory": 2**21 + 0.5}, "`kv_cache_memory` must be int"),
-        ({"max_model_len": "long"}, "`max_model_len` must be int"),
+        ({"max_model_len": "long"}, "'long' is not a number of tokens"),
+        ({"max_model_len": [64]}, "`max_model_len` must be int"),
         ({"dtype": None}, "`dtype` must be one of auto"),
         ({"dtype": "float8"}, "`dtype` must be one of auto, bfloat16, .*got 'float8'"),
         ({"max_len": 64}, "no setting 'max_len'.*max_model_len"),
