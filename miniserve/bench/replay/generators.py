@@ -36,9 +36,7 @@ class WorkloadConfig:
     conversations: int | None = None
 
     def load(self, rate: float | None, seed: int) -> Workload:
-        """The scripts, arriving at `rate` a second. Without a rate they arrive as the trace says, else at 1 a second.
-
-        Raises `ConfigError`."""
+        """The scripts, arriving at `rate` a second; without one as the trace says, else at 1. Raises `ConfigError`."""
         scripts = [self.apply(script, seed) for script in load(self.trace, self.conversations, seed)]
         known = [script.arrival for script in scripts if script.arrival is not None]
         if rate is None and len(known) == len(scripts):
@@ -81,12 +79,12 @@ def load(text: str, count: int | None, seed: int) -> list[Script]:
 
 
 def generate(name: str, count: int, seed: int) -> list[Script]:
-    """`count` scripts of a workload by its name, or of several by weight: `mix:swe-agent=0.5,chat=0.5`.
-
-    Each is drawn by its number and the seed alone: fewer scripts are the first ones of more. Raises `ConfigError`.
-    """
+    """`count` scripts of a workload by its name, or of several by weight: `mix:swe-agent=0.5,chat=0.5`. Each is drawn
+    by its number and the seed alone: fewer scripts are the first ones of more. Raises `ConfigError`."""
     names, shares = _mix(f"{name}=1" if name in _GENERATORS else name)
-    return [_script(str(generator(seed, "mix", str(n)).choice(names, p=shares)), n, seed) for n in range(count)]
+    drawn = [str(generator(seed, "mix", str(n)).choice(names, p=shares)) for n in range(count)]
+    makers = {f"{name}-{n}": _GENERATORS[name] for n, name in enumerate(drawn)}
+    return [make(generator(seed, "workload", key)).renamed(key) for key, make in makers.items()]
 
 
 def _swe_agent(rng: np.random.Generator) -> Script:
@@ -107,8 +105,7 @@ def _swe_agent(rng: np.random.Generator) -> Script:
 def _agent(kinds: list[dict[str, Any]], rng: np.random.Generator) -> Script:
     """An agent of one of the `kinds` in agents.toml, which says what their tables mean and how well they fit: requests
     of a person, each of which takes steps with tools in between. A context that becomes too long is compacted: the
-    beginning of the first prompt stays, and a summary. Sub-agents begin like that too, and the next turn waits for
-    them."""
+    beginning of the first prompt stays, and a summary. Sub-agents begin like that too; the next turn waits."""
     kind = kinds[rng.choice(len(kinds), p=[kind["share"] for kind in kinds])]
 
     def draw(name: str, count: int = 1) -> list[float]:
@@ -148,11 +145,6 @@ _GENERATORS: dict[str, Callable[[np.random.Generator], Script]] = {
     "swe-agent": _swe_agent,
     **{name: partial(_agent, kinds) for name, kinds in _KINDS.items()},
 }
-
-
-def _script(name: str, number: int, seed: int) -> Script:
-    key = f"{name}-{number}"
-    return _GENERATORS[name](generator(seed, "workload", key)).renamed(key)
 
 
 def _mix(text: str) -> tuple[list[str], list[float]]:

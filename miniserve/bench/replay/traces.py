@@ -18,8 +18,7 @@ _Milliseconds = Annotated[float, msgspec.Meta(ge=0, lt=WHOLE * 1000)]
 def read_trace(path: Path) -> list[Script]:
     """The conversations of a trace, in order of their first turns, or of their arrivals where it has them.
 
-    CSV: a header with the fields of `_Row` or `_Round` in any order, then a row for each turn, conversations
-    interleaved or not.
+    CSV: a header with the fields of `_Row` or `_Round`, then a row for each turn; conversations may be interleaved.
 
     JSONL: a `Script` on each line, which has a key and turns `[new, output, gap, keep]`; or a request on each, as in
     github.com/kvcache-ai/Mooncake, of which `_requests` makes conversations. A file without one of the known endings is
@@ -53,8 +52,7 @@ def read_trace(path: Path) -> list[Script]:
 
 
 class _Row(msgspec.Struct, forbid_unknown_fields=True):
-    """A turn; they count from 0. `gap_s` is the seconds since the end of the turn before, `arrival_s` (of turn 0 only)
-    those since the start."""
+    """A turn, from 0 on. `gap_s` are seconds since the end of the one before, `arrival_s` (turn 0) since the start."""
 
     conversation_id: str
     turn: Count
@@ -136,14 +134,18 @@ class _Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     output_length: Tokens
     hash_ids: tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
 
+    def __post_init__(self) -> None:
+        ids, blocks = len(self.hash_ids), -(-self.input_length // BLOCK_TOKENS)
+        if ids != blocks:
+            raise ValueError(f"{ids} hash_ids; {self.input_length} tokens have {blocks} (512 each)")
+
     @property
     def blocks(self) -> tuple[int, ...]:
         return self.hash_ids[: self.input_length // BLOCK_TOKENS]
 
 
 def _requests(lines: Iterable[str]) -> list[Script]:
-    """Conversations of a trace that has only requests, in order of time. An id stands for a block of 512 tokens and all
-    before.
+    """Conversations of a trace of requests, in order of time. An id stands for a block of 512 tokens and all before.
 
     Which request continues which is a guess: B continues A if it is later and longer and begins with all of A's full
     blocks, the last of which appears first in A's conversation (else a system prompt would make all its users one); of
@@ -151,14 +153,19 @@ def _requests(lines: Iterable[str]) -> list[Script]:
     blocks do not show where the answer ends. Nor when: the gap is from arrival to arrival, so the tool took less.
     Prompts shorter than a block are conversations of their own.
 
-    A script's `shared` are the full blocks that its first prompt begins with and other conversations have too. Raises
-    ValueError or msgspec.DecodeError.
+    A script's `shared` are the full blocks that its first prompt begins with and others have too. Raises ValueError.
     """
     owners: dict[tuple[int, int], list[_Request]] = {}  # By place and id: the conversation that had the block first.
     common: set[tuple[int, int]] = set()
     chains: dict[str, list[_Request]] = {}
-    now = 0.0
-    for number, request in _decoded(lines):
+    now, decoder = 0.0, msgspec.json.Decoder(_Request)
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            request = decoder.decode(line)
+        except msgspec.DecodeError as e:
+            raise ValueError(problem("bench.no_request", error=e)) from None
         if request.timestamp < now:
             raise ValueError(f"timestamp {request.timestamp:g} is before the {now:g} of the line above; sort the lines")
         now = request.timestamp
@@ -189,19 +196,3 @@ def _continued(request: _Request, owners: dict[tuple[int, int], list[_Request]])
         if request.timestamp > chain[-1].timestamp and request.input_length > chain[-1].input_length:
             return chain
     return None
-
-
-def _decoded(lines: Iterable[str]) -> Iterator[tuple[int, _Request]]:
-    """Requests, and the numbers of their lines."""
-    decoder = msgspec.json.Decoder(_Request)
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            request = decoder.decode(line)
-        except msgspec.DecodeError as e:
-            raise ValueError(problem("bench.no_request", error=e)) from None
-        ids, blocks = len(request.hash_ids), -(-request.input_length // BLOCK_TOKENS)
-        if ids != blocks:
-            raise ValueError(f"{ids} hash_ids; {request.input_length} tokens have {blocks} (512 each)")
-        yield number, request
