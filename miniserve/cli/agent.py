@@ -1,5 +1,4 @@
-"""`miniserve agent`: coding agents, started so that they talk to a running server and to no other. agents.toml has what
-each of them wants to know."""
+"""`miniserve agent`: coding agents that talk to a running server and to no other, as agents.toml says of each."""
 
 import json
 import os
@@ -71,8 +70,7 @@ def _script(contents: dict[str, str], environment: dict[str, str], command: list
 
 
 def _run(environment: dict[str, str], command: list[str]) -> int:
-    """Run a command; its exit code, as a shell gives it. Signals are passed on, but for a Ctrl-C that both have got;
-    those that come before it runs, too."""
+    """Run a command; its exit code, as in a shell. All signals are passed on, but for a Ctrl-C that both have got."""
     started: subprocess.Popen[bytes] | None = None
     early: list[int] = []
 

@@ -23,22 +23,19 @@ class LoadingLines:
     def __init__(self) -> None:
         self._live = sys.stderr.isatty()
         self._state: dict[str, str] = {}
-        self._width = 0
 
     def show(self, worker: str, loading: Loading) -> None:
         percent = f" {100 * loading.done // loading.total}%" if loading.total else ""
         state = f"{worker}: {loading.phase}{percent}"
         if self._live:
             self._state[worker] = state
-            line = "  ".join(self._state.values())
-            say(f"\r{line:<{self._width}}", end="")
-            self._width = len(line)
+            say(f"\r\033[2K{'  '.join(self._state.values())}", end="")  # in place of what the line said before
         elif loading.done == 0:
             say(state)
 
     def end(self) -> None:
-        if self._live and self._width:
-            say(f"\r{'':<{self._width}}\r", end="")
+        if self._state:
+            say("\r\033[2K", end="")
 
 
 def banner(config: ServeConfig, files: ModelFiles, client: Dispatcher, bound: tuple[str, int], seconds: float) -> str:

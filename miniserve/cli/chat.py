@@ -78,10 +78,7 @@ def _turn(client: ApiClient, transcript: Transcript, options: dict[str, Any], li
 
 
 def _answer(client: ApiClient, conversation: str, body: dict[str, Any]) -> tuple[str, str]:
-    """Stream an answer to the terminal; its text (as much as came before Ctrl-C), and a line about its speed.
-
-    Reasoning is shown, but is no part of the text.
-    """
+    """Stream an answer to the terminal; its text, up to a Ctrl-C and without the reasoning, and a line on its speed."""
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
     text: list[str] = []
     times: list[float] = []

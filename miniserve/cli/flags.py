@@ -24,7 +24,6 @@ from miniserve.config import (
     problem,
     tables,
 )
-from miniserve.scheduler.baselines import POLICIES
 
 T = TypeVar("T")
 
@@ -64,18 +63,6 @@ def checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return check
 
 
-def policy(text: str) -> str:
-    if text not in POLICIES:
-        raise ConfigError(f"{text!r} is not one of {', '.join(POLICIES)}")
-    return text
-
-
-def distribution(text: str) -> Any:
-    from miniserve.bench.replay.workload import Distribution  # which needs numpy
-
-    return Distribution.parse(text)
-
-
 VALUES: dict[str, Callable[[str], Any]] = {
     "positive": parse_positive,
     "whole": number(int, lambda n: 0 <= n < 2**63, "a whole number"),
@@ -85,9 +72,8 @@ VALUES: dict[str, Callable[[str], Any]] = {
     "interval": number(float, lambda n: 0.1 <= n <= 3600, "a number of seconds from 0.1 to 3600"),
     "rate": number(float, lambda n: 0 < n < 1e6, "a rate above 0"),
     "scale": number(float, lambda n: 0 < n <= 1000, "a factor above 0"),
-    "distribution": distribution,
+    "distribution": lambda text: resolve_name("miniserve.bench.replay.workload:Distribution").parse(text),
     "topology": Topology.parse,
-    "policy": policy,
     "path": Path,
     "swap": parse_swap,
 }
@@ -138,10 +124,8 @@ def add_settings(
     parser: argparse.ArgumentParser, config: type[msgspec.Struct], choices: Mapping[str, Collection[str]]
 ) -> None:
     """Add the flags of flags.toml for fields of `config` and of the structs in it. A bool becomes a switch, a `Literal`
-    choices; other fields are parsed by the function that their type is annotated with.
-
-    `choices` are those of fields whose type does not name them. Each value goes by the name of its field.
-    """
+    choices; other fields are parsed by the function that their type is annotated with. `choices` are those of fields
+    whose type does not name them. Each value goes by the name of its field."""
     fields = {field.name: field for field in _settings(config)}
     for title, rows in tables("cli/flags.toml").items():
         group = parser.add_argument_group(title)

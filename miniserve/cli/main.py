@@ -30,21 +30,17 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     finally:
-        _flush()
-
-
-def _flush() -> None:
-    """Write out what is buffered. That a reader of it has gone (`| head`) must not become the exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # that the reader of the rest has gone (`| head`) must not become the exit code
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def make_parser() -> flags.Parser:
     """The parser of all commands; `run` of what it parses is the command."""
     rows = tables("cli/commands.toml")
+    rows["flags"]["simulate"]["--policy"]["choices"] = tuple(POLICIES)
     parser = flags.Parser(prog="miniserve", description="A compact LLM serving engine for agents.")
     parser.add_argument("--version", action="version", version=f"miniserve {__version__}")
     commands = flags.add_commands(parser.add_subparsers(title="commands", required=True, metavar="COMMAND"), rows)

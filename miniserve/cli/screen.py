@@ -2,8 +2,7 @@
 
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Group, RenderableType
 from rich.styled import Styled
@@ -19,8 +18,7 @@ STATES = {"running": "green", "queued": "yellow", "idle": "dim"}
 COLUMNS = tables("cli/screen.toml")
 
 
-@dataclass(frozen=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """What a server answered to GET /v1/workers and GET /conversations."""
 
     workers: Card
@@ -31,9 +29,7 @@ def screen(
     url: str, snapshot: Snapshot | None, most: int | None = None, *, problem: str = "", age: float = 0.0
 ) -> RenderableType:
     """The whole screen. Tables of workers and of what went between them have `most` rows; None: all there are.
-
-    `snapshot` is the latest, None before the first. A `problem` says why it is not fresh but `age` seconds old.
-    """
+    `snapshot` is the latest, None before the first. A `problem` says why it is not fresh but `age` seconds old."""
     title = Text.assemble(("miniserve", "bold"), f" at {clean(url)}", no_wrap=True, overflow="ellipsis")
     style = "bold red" if problem else ""
     if snapshot is None:
@@ -87,8 +83,7 @@ def bar(kv: Card) -> Text:
 
 
 def clean(text: str, most: int = 300) -> str:
-    """The first `most` characters of a text from elsewhere, without those that move the cursor, change the direction of
-    writing, or pile up on other lines."""
+    """The first `most` characters of a text from elsewhere, without those that move the cursor or cover others."""
     composed = unicodedata.normalize("NFC", text[:most])
     return "".join(c if c.isprintable() and not unicodedata.combining(c) else "\ufffd" for c in composed)
 

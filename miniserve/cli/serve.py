@@ -7,7 +7,6 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
@@ -90,8 +89,7 @@ def bind_path(path: str) -> socket.socket:
 
 
 def heed(first: asyncio.Event, second: asyncio.Event) -> None:
-    """Set the events at the first and second SIGTERM or SIGINT from now on, whatever a library has made of these
-    meanwhile, as Ray does."""
+    """Set the events at the first and second SIGTERM or SIGINT from now on, which libraries like Ray may have taken."""
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, lambda: (second if first.is_set() else first).set())
 
@@ -99,9 +97,7 @@ def heed(first: asyncio.Event, second: asyncio.Event) -> None:
 class HttpServer(uvicorn.Server):
     """uvicorn, which leaves signals to us."""
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+    capture_signals = contextlib.nullcontext  # type: ignore[assignment]
 
 
 async def _serve(config: ServeConfig, files: ModelFiles, listeners: list[socket.socket]) -> int:
