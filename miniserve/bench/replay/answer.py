@@ -14,8 +14,7 @@ from miniserve.bench.replay.server import Event, TargetServer
 from miniserve.client import CONNECT_SECONDS, message
 
 KEEP_SECONDS = 4.0
-"""How long an idle connection is used again. Servers close theirs after 5 (uvicorn's default), and a request that is
-sent at that moment would be lost."""
+"""How long an idle connection is used again: uvicorn closes it after 5, and a request sent at that moment is lost."""
 LEAST_WAIT = 0.05
 """Seconds between two requests to a server that is full, even if its Retry-After is 0."""
 
@@ -28,8 +27,7 @@ class TurnError(Exception):
 
 @dataclass(eq=False)
 class Answer:
-    """The answer to a prompt of `prompt` tokens so far. `times` are when tokens came (`time.monotonic`), one for each
-    event that had any."""
+    """The answer to a prompt of `prompt` tokens so far. `times` (`time.monotonic`) are those of events with tokens."""
 
     prompt: int
     ids: list[int] = field(default_factory=list)

@@ -48,15 +48,17 @@ class ReplayConfig:
 
 
 def replay(config: ReplayConfig) -> dict[str, Any]:
-    """Replay the workload; the JSON object of docs/evaluation.md.
-
-    Ctrl-C ends it early and is noted in the report. Raises `ConfigError` for what can be mended before.
-    """
+    """Replay the workload, if need be until Ctrl-C; the JSON object of docs/evaluation.md. Raises `ConfigError`."""
     if not config.workload.scripts:
         raise ConfigError("There is nothing to replay: no conversation was chosen from the trace.")
     client = ApiClient.around(config.url, config.api_key)
     server = describe(client, config.model)
-    _check_length(config, server)
+    longest = max(script.tokens for script in config.workload.scripts)
+    if server.max_model_len is not None and longest > server.max_model_len:
+        fits = config.scale_tokens * server.max_model_len / longest
+        digits = 10 ** (1 - math.floor(math.log10(fits)))
+        factor = math.floor(fits * digits) / digits
+        raise ConfigError(problem("bench.too_long", longest=longest, context=server.max_model_len, factor=factor))
     return uvloop.run(_replay(config, client, server))
 
 
@@ -70,15 +72,6 @@ async def _replay(config: ReplayConfig, client: ApiClient, server: TargetServer)
         await work
     loop.remove_signal_handler(signal.SIGTERM)
     return replay.report(interrupted=work.cancelled())
-
-
-def _check_length(config: ReplayConfig, server: TargetServer) -> None:
-    longest = max(script.tokens for script in config.workload.scripts)
-    if server.max_model_len is not None and longest > server.max_model_len:
-        fits = config.scale_tokens * server.max_model_len / longest
-        digits = 10 ** (1 - math.floor(math.log10(fits)))
-        factor = math.floor(fits * digits) / digits
-        raise ConfigError(problem("bench.too_long", longest=longest, context=server.max_model_len, factor=factor))
 
 
 class Replay:
@@ -103,8 +96,7 @@ class Replay:
         self._ttfts: list[float] = []
 
     async def work(self) -> None:
-        """First the standalone conversations, one after the other; then all at their times. A terminal shows how far it
-        is."""
+        """First the standalone conversations, one after the other; then all at their times. A terminal shows both."""
         console = Console(stderr=True, highlight=False)
         with Live(console=console, get_renderable=self._line, refresh_per_second=2, transient=True):
             async with session(self.config.api_key) as self._http:

@@ -20,8 +20,7 @@ SLO = 5.0
 
 class TurnTimes(NamedTuple):
     """One turn as its client saw it, in seconds of any one clock: when it was sent, when its `first` and `last` token
-    came; and tokens: of its prompt, found in a cache (None if the server does not report it), generated. `error` is why
-    it failed."""
+    came; and tokens: of its prompt, found in a cache (None: not reported), generated. `error` is why it failed."""
 
     sent: float
     first: float
@@ -63,8 +62,7 @@ class ConversationTimes:
 
 
 class Latency(NamedTuple):
-    """Of one conversation, in seconds. `ttft` has one value for each turn; `tbt` is the mean gap between tokens of the
-    last turn, None where that has only one token."""
+    """Of one conversation, in seconds. `tbt` is the mean gap between tokens of its last turn, None with one token."""
 
     ttft: tuple[float, ...]
     ttfet: float
@@ -100,10 +98,8 @@ def seconds(values: Iterable[float]) -> dict[str, float] | None:
 
 
 def normalised(pairs: Iterable[tuple[float, float]]) -> dict[str, float] | None:
-    """gmean, p50 and p95 of (value, standalone) pairs as ratios; None without pairs.
-
-    A value of 0 (a server that sends all tokens at once) counts as a thousandth: the geometric mean knows no zero.
-    """
+    """gmean, p50 and p95 of (value, standalone) pairs as ratios; None without pairs. A value of 0 (a server that sends
+    all tokens at once) counts as a thousandth: the geometric mean knows no zero."""
     ratios = [max(value / alone, 1e-3) for value, alone in pairs if alone > 0]
     if not ratios:
         return None
@@ -113,11 +109,9 @@ def normalised(pairs: Iterable[tuple[float, float]]) -> dict[str, float] | None:
 def summary(
     conversations: Sequence[ConversationTimes], standalone: dict[str, Latency] | None, duration: float
 ) -> dict[str, Any]:
-    """The keys of the contract (docs/evaluation.md) that come from tokens' times.
-
-    `standalone` has the latencies of the same conversations alone, by their keys, as far as they were measured. A
-    failed conversation breaks all its SLOs and counts for nothing else but `errors`.
-    """
+    """The keys of the contract (docs/evaluation.md) that come from tokens' times. `standalone` has the latencies of the
+    same conversations alone, by their keys, as far as they were measured. A failed conversation breaks all its SLOs and
+    counts for nothing else but `errors`."""
     done = {times.key: latency(times) for times in conversations if times.turns and not times.failed}
     alone = {key: standalone[key] for key in done if key in standalone} if standalone else {}
     failed = sum(times.failed for times in conversations)

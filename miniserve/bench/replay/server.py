@@ -15,9 +15,8 @@ from miniserve.config import ConfigError, Topology
 
 
 class Event(NamedTuple):
-    """An event of a stream: `tokens` came with it; `ids` are theirs, None where the server does not send them; `done`
-    marks the last one. `cached` and `output` are the server's own counts of the turn's tokens, None where it does not
-    report them."""
+    """An event of a stream: `tokens` came with it, which have these `ids`; `done` marks the last one. `cached` and
+    `output` are the server's own counts of the turn's tokens. None is what the server does not report."""
 
     tokens: int = 0
     ids: list[int] | None = None
@@ -91,8 +90,7 @@ class TargetServer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def describe(client: ApiClient, model: str | None) -> TargetServer:
-    """The server of `client`, where `model` is asked for (None: its first one). Raises `ConfigError` if it does not
-    answer or has no such model."""
+    """The server of `client`, asked for `model` (None: its first). Raises `ConfigError` without answer or model."""
     models = client.models()
     card = next((card for card in models if model in (None, card.id)), None)
     if card is None:

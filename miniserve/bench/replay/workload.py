@@ -95,8 +95,7 @@ class Workload:
 
 
 class Distribution(NamedTuple):
-    """Of a number: `fixed` (low), `uniform` or `log` (uniform in the logarithm) from low to high, or `exp` (exponential
-    with mean low)."""
+    """Of a number: `fixed` (low), `uniform` or `log` (uniform in the logarithm) from low to high, `exp` (mean low)."""
 
     kind: str
     low: float
@@ -136,10 +135,8 @@ def generator(seed: int, *names: str) -> np.random.Generator:
 
 
 def choose(scripts: Sequence[Script], count: int | None, seed: int) -> list[Script]:
-    """`count` of the scripts (None: all), drawn by `seed`, each once as long as there are enough of them.
-
-    Scripts whose arrival is known keep their order: the first ones are taken. If more are wanted, no arrival is known.
-    """
+    """`count` of the scripts (None: all), drawn by `seed`, each once as long as there are enough of them. Scripts whose
+    arrival is known keep their order: the first ones are taken. If more are wanted, no arrival is known."""
     if count is None or (count <= len(scripts) and all(script.arrival is not None for script in scripts)):
         return list(scripts[:count])
     rng = generator(seed, "choose")
@@ -161,10 +158,8 @@ def arrivals(kind: str, rate: float, count: int, seed: int) -> list[float]:
 
 class Text:
     """The token ids of one script. `said` are those of its conversation so far, at first what it shares with its
-    parent. New ones are made up by `take`, which continues where it left off.
-
-    `ids` are at least the first and below the second: below are control tokens, above ends the vocabulary.
-    """
+    parent. New ones are made up by `take`, which continues where it left off. `ids` are at least the first and below
+    the second: below are control tokens, above ends the vocabulary."""
 
     def __init__(self, script: Script, seed: int, ids: tuple[int, int] = IDS, said: Iterable[int] = ()) -> None:
         self.said, self._ids = array("i", said), ids

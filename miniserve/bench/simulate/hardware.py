@@ -54,8 +54,7 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Bytes of host memory for evicted KV; 0: none."""
     host_bytes_per_second: float | None = None
     host_latency: float = 0.0
-    """Of copies between a device and host memory: how fast they are (None: as to another device), and what each takes
-    on top."""
+    """Of copies to or from host memory: how fast they are (None: as to another device), and what each takes on top."""
     disk_space: int = 0
     """Bytes that the disk of a host has for KV of all its workers; 0: none."""
     disk_bytes_per_second: float = 3e9
@@ -138,10 +137,8 @@ def load_hardware(text: str) -> Hardware:
 
 def load_roles(text: str, ranks: int = 1, swap_space: int = 0, disk_space: int = 0) -> tuple[Hardware, Hardware]:
     """The hardware of prefillers and of decoders: one for both, or `P=...,D=...`; each worker has `ranks` of it, each
-    with `swap_space` bytes of host memory, and each host with `disk_space` of disk, where these are not 0. Raises
-    `ConfigError`."""
-    pairs = [part.partition("=")[::2] for part in text.split(",")] if "=" in text else [("P", text), ("D", text)]
-    roles = dict(pairs)
+    with `swap_space` bytes of host memory, each host `disk_space`, where these are not 0. Raises `ConfigError`."""
+    roles = dict(part.partition("=")[::2] for part in text.split(",")) if "=" in text else {"P": text, "D": text}
     if set(roles) != {"P", "D"}:
         raise ConfigError(f"--hardware {text!r} is not understood: write one profile, or P=...,D=... for the roles.")
     prefiller, decoder = load_hardware(roles["P"]), load_hardware(roles["D"])
@@ -150,7 +147,6 @@ def load_roles(text: str, ranks: int = 1, swap_space: int = 0, disk_space: int =
     sizes = {"swap_space": swap_space, "disk_space": disk_space}
     given = {name: size for name, size in sizes.items() if size}
     prefiller, decoder = (msgspec.structs.replace(one, **given).divided(ranks) for one in (prefiller, decoder))
-    for one in (prefiller, decoder):
-        if one.disk_space and (ranks > 1 or not one.swap_space):
-            raise ConfigError(problem("worker.disk_alone"))
+    if any(one.disk_space and (ranks > 1 or not one.swap_space) for one in (prefiller, decoder)):
+        raise ConfigError(problem("worker.disk_alone"))
     return prefiller, decoder

@@ -43,8 +43,7 @@ def simulate(config: SimulationConfig, progress: Callable[[], None] = lambda: No
 
 
 def steady(times: Iterable[ConversationTimes], start: float, end: float, bound: float) -> dict[str, float] | None:
-    """Conversations a second that ended between the first counted arrival and the last one, and the share of the bound
-    that they are; None where there is no such time."""
+    """Conversations a second that ended between the first and last counted arrival, and their share of the bound."""
     if end <= start:
         return None
     rate = sum(start <= one.turns[-1].last < end for one in times) / (end - start)
@@ -52,8 +51,7 @@ def steady(times: Iterable[ConversationTimes], start: float, end: float, bound: 
 
 
 def alone(script: Script, hardware: Hardware) -> Latency:
-    """What a conversation takes alone on an idle worker: the sum of its steps, as the engine would make them. What it
-    shares with its parent is computed too."""
+    """What a conversation takes alone on an idle worker: all its steps, also for what it shares with its parent."""
     page, budget, steps = hardware.page_tokens, hardware.max_num_batched_tokens, hardware.step_seconds
     ttft: list[float] = []
     length, known, total, tbt = script.prefix, 0, 0.0, None
@@ -79,8 +77,7 @@ def alone(script: Script, hardware: Hardware) -> Latency:
 def bound(scripts: Sequence[Script], workers: Sequence[Hardware], prefillers: int) -> dict[str, Any]:
     """What a workload and the hardware let any scheduler do: conversations a second, none of them late in steady state.
     A bound, not a goal: it takes every prompt for found in a cache as far as it was there before, every batch for as
-    large as its step may take, and no worker for idle. Means over `scripts` on these `workers`, of which the first ones
-    are `prefillers`.
+    large as its step may take, no worker for idle. Means of `scripts` on `workers`, the first ones are `prefillers`.
 
     `compute`: a step of at most `SLO` times that of a lone stream spends `overhead` and `base` on no sequence; what is
     left of all workers' time bears so many times the device seconds that a conversation needs, each at the worker that
