@@ -154,8 +154,7 @@ def _same_again(before: bytes, after: bytes, at: int) -> tuple[int, int] | None:
 
 
 def _kind(old: str, new: str, role: str, leads: bool, reordered: bool, shorter: bool, same_again: bool) -> str:
-    """Of a change of `old` to `new` in a message of `role`; `shorter` is whether the prompt has lost much, `same_again`
-    whether both texts end alike."""
+    """Of a change of `old` to `new` in a message of `role`: `shorter`: it lost much; `same_again`: both end alike."""
     if shorter and role not in ("tools", "system"):
         return "compaction"
     whole = role == "tools" and max(len(old), len(new)) > MOST_CHARS

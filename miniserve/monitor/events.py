@@ -33,8 +33,7 @@ class TooManyListeners(RuntimeError):
 
 
 def feed_event(kind: str, content: object) -> bytes:
-    """A server-sent event. What its data, JSON on one line, hold depends on `kind`: start, workers, turns, decision,
-    outcome or lost."""
+    """A server-sent event of a `kind` (start, workers, turns, decision, outcome, lost), its data JSON on one line."""
     return b"event: %s\ndata: %s\n\n" % (kind.encode(), msgspec.json.encode(content))
 
 
@@ -70,8 +69,7 @@ class Listener:
 
 
 class Feed:
-    """Gives all listeners the decisions and outcomes as they are made, and once a second the state of workers and
-    turns. `note` is to be called with each record."""
+    """Gives all listeners the decisions and outcomes that `note` gets, and once a second workers and turns."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
@@ -135,11 +133,8 @@ class Feed:
 
 
 class DecisionLog:
-    """Appends to `path`; the first line of a run holds its policy, and its clock beside the time of day.
-
-    Raises `ConfigError` if the file cannot be written to. If a later write fails, that is logged, no more lines are
-    written, and serving goes on.
-    """
+    """Appends to `path`; the first line of a run holds its policy, and its clock beside the time of day. Raises
+    `ConfigError` if the file cannot be written to. A later write that fails ends the log; serving goes on."""
 
     def __init__(self, path: str, policy: str, now: float) -> None:
         try:

@@ -25,10 +25,8 @@ KINDS: dict[str, type[Family]] = {"counter": CounterMetricFamily, "gauge": Gauge
 
 
 class Metrics(Collector):
-    """What one server counts and measures, in a registry of its own. A "request" is one choice; times in seconds.
-
-    The scheduler's and the workers' own numbers are read when metrics are asked for.
-    """
+    """What one server counts and measures, in a registry of its own. A "request" is one choice; times in seconds. The
+    scheduler's and the workers' own numbers are read when metrics are asked for."""
 
     def __init__(self, dispatcher: Dispatcher, model: str) -> None:
         self._dispatcher = dispatcher

@@ -1,7 +1,5 @@
-"""What GET /conversations and GET /v1/workers show, and events about turns: the scheduler's own records, in words.
-
-Each is a card: JSON that has a schema in `views.toml`, which OpenAPI shows too.
-"""
+"""What GET /conversations and GET /v1/workers show, and events about turns: the scheduler's own records, in words. Each
+is a card: JSON that has a schema in `views.toml`, which OpenAPI shows too."""
 
 from collections.abc import Callable
 from itertools import islice
@@ -13,7 +11,7 @@ from miniserve.config import tables
 from miniserve.scheduler.conversation import FINISHES, Conversation, TurnRecord
 from miniserve.scheduler.scheduler import Scheduler
 from miniserve.scheduler.turns import Turn, TurnState
-from miniserve.scheduler.workers import Link, WorkerView
+from miniserve.scheduler.workers import WorkerView
 
 SCHEMAS = tables("monitor/views.toml")
 SOURCES = {
@@ -76,7 +74,9 @@ def _running_turns(scheduler: Scheduler) -> dict[int, list[Turn]]:
 
 def _card(scheduler: Scheduler, conversation: Conversation, turns: list[Turn], now: float) -> Card:
     parent, group, by = conversation.parent, conversation.group, conversation.by
-    if by == "prefix" and not _went_on(scheduler.conversations.get(parent or 0), conversation):
+    before = scheduler.conversations.get(parent or 0)
+    # It is a part of the one that it began like only if that waited, and has had another turn since.
+    if by == "prefix" and not (before is not None and (before.active or before.last_end > conversation.began)):
         parent, group, by = None, conversation.key, ""
     kind = "main" if parent is None else "fork" if by == "key" else "sub-agent"
     placed = [turn for turn in turns if turn.state is not TurnState.QUEUED]
@@ -94,11 +94,6 @@ def _card(scheduler: Scheduler, conversation: Conversation, turns: list[Turn], n
         age=now - conversation.began,
         idle=0.0 if conversation.active else now - conversation.last_end,
     )
-
-
-def _went_on(parent: Conversation | None, child: Conversation) -> bool:
-    """Whether the conversation that a new one looked like a part of has had another turn since: it waited for that."""
-    return parent is not None and (parent.active > 0 or parent.last_end > child.began)
 
 
 def _turn(record: TurnRecord, names: list[str]) -> Card:
@@ -122,13 +117,11 @@ def _running(turn: Turn, now: float) -> Card:
 
 def worker_list(scheduler: Scheduler, now: float) -> Card:
     workers = [_worker(view, now) for view in scheduler.workers.values()]
-    links = [_link(source, destination, link) for (source, destination), link in scheduler.links.items()]
+    links = []
+    for (source, destination), link in scheduler.links.items():
+        rate = link.bandwidth.value if link.bandwidth.count else None
+        links.append(card("LinkCard", link, source=source, destination=destination, bandwidth=rate))
     return card("WorkerList", scheduler, object="list", data=workers, links=links)
-
-
-def _link(source: str, destination: str, link: Link) -> Card:
-    rate = link.bandwidth.value if link.bandwidth.count else None
-    return card("LinkCard", link, source=source, destination=destination, bandwidth=rate)
 
 
 def _worker(view: WorkerView, now: float) -> Card:
