@@ -31,10 +31,7 @@ class ModelCard(msgspec.Struct):
 
 class ApiClient:
     """The API at `url`, which ends in /v1. A server may take its time for an answer, or `patience` seconds if given.
-
-    Each request has a connection of its own, which no proxy of the environment gets to see. Raises `ConfigError` for
-    what is no URL.
-    """
+    Each request has a connection of its own, unseen by proxies of the environment. Raises `ConfigError` for no URL."""
 
     def __init__(self, url: str, api_key: str | None, patience: float | None = None) -> None:
         self.url = url
@@ -65,9 +62,7 @@ class ApiClient:
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
     ) -> Iterator[httpx.Response]:
         """Send a request; the response, whose body is still to be read. Leaving it ends the request on the server too.
-
-        Raises `ConfigError` if no server answers, with the server's words, or where the answer breaks off.
-        """
+        Raises `ConfigError` if no server answers, with the server's words, or where the answer breaks off."""
         content, answered = None if body is None else json.dumps(body), False
         try:
             with self._http.stream(method, self._base + path, content=content, headers=headers) as response:

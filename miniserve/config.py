@@ -146,8 +146,7 @@ def format_bytes(size: int, *, up: bool = False) -> str:
 
 
 def parse_quantization(text: str) -> str | None:
-    """`int8` and `int4` are made at load; a checkpoint's own method may be named, too, as vLLM calls it. None for
-    `none`. Raises `ConfigError`."""
+    """`int8` and `int4` are made at load; or a checkpoint's own, as in vLLM; None for `none`. Raises `ConfigError`."""
     method = text.lower().removesuffix("_marlin")
     if method not in ("none", "int8", "int4", *METHODS):
         raise ConfigError(f"{text!r} is not int8, int4 or a checkpoint's own method ({', '.join(METHODS)})")
@@ -199,10 +198,8 @@ class Topology(msgspec.Struct, frozen=True):
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What one worker needs to know; travels to the worker process as JSON.
-
-    Sizes are in bytes, lengths in tokens. None means: choose from the model and the machine (`worker/sizing.py`).
-    """
+    """What one worker needs to know; travels to the worker process as JSON. Sizes are in bytes, lengths in tokens. None
+    means: choose from the model and the machine (`worker/sizing.py`)."""
 
     model: str
     """In a worker: the folder with config.json (and safetensors unless `load_format` is dummy)."""

@@ -12,7 +12,7 @@ import msgspec
 
 from miniserve.cluster.devices import one_more, place
 from miniserve.cluster.launch import Launcher
-from miniserve.cluster.messages import Ended, Failed, Loading, Peer, Report, TurnOutput
+from miniserve.cluster.messages import Ended, Failed, Loading, Report, TurnOutput
 from miniserve.cluster.supervisor import Supervisor
 from miniserve.config import ConfigError, Role, ServeConfig, problem
 from miniserve.hub.resolve import ModelFiles
@@ -36,9 +36,8 @@ class EngineError(RuntimeError):
 
 @dataclass(eq=False)
 class TurnStream:
-    """The outputs of one turn. Iterating gives them in order, `Ended` or `Failed` last. `conversation` is the key of
-    the conversation that the scheduler found it to belong to; it is turn number `number` of that, and `change` is how
-    its prompt differs from what it could have begun with."""
+    """The outputs of one turn, in order, `Ended` or `Failed` last. It is turn number `number` of the conversation with
+    the key `conversation`, as the scheduler found; `change` is how its prompt differs from what it could begin with."""
 
     id: str
     _cancel: Callable[[str], None]
@@ -69,13 +68,9 @@ class TurnStream:
 
 
 class Dispatcher:
-    """Owns the scheduler and the streams of its turns, and has the workers started. All methods belong to one event
-    loop; nothing here blocks it.
-
-    After `start`, `ready` holds each worker's facts. `observers` get a record of each decision and outcome. An observer
-    that is added to the list later gets them while `scheduler.notes` is set. Raises `ConfigError` for devices or a
-    policy that cannot be.
-    """
+    """Owns the scheduler and the streams of its turns, and has the workers started, on an event loop it never blocks.
+    After `start`, `ready` holds each worker's facts. `observers` get a record of each decision and outcome, those added
+    later while `scheduler.notes` is set. Raises `ConfigError` for devices or a policy that cannot be."""
 
     def __init__(
         self,
@@ -101,7 +96,7 @@ class Dispatcher:
             engines,
             config.worker_timeout,
             _launcher(config) if elsewhere else Launcher(),
-            up=self._worker_up,
+            up=lambda peer: self._carry_out(self.scheduler.worker_up(peer, now=time.monotonic())),
             down=self._worker_down,
             report=self._on_report,
             loading=on_progress,
@@ -134,16 +129,14 @@ class Dispatcher:
         await self.workers.stop()
 
     async def add_worker(self, role: Role) -> str:
-        """Start one more worker; its name, when it serves. Raises `ConfigError`, and `StartupError` if it does not come
-        up."""
+        """Start one more worker; its name, once it serves. Raises `ConfigError`, and `StartupError` if it does not."""
         self._added += 1
         name = f"{role.value[0]}{len(self.topology.roles) + self._added}"
         await self.workers.add(name, one_more(self.workers.engines, role))
         return name
 
     async def remove_worker(self, name: str) -> None:
-        """Let a worker go: its turns end there, its conversations move to other homes. Raises `NoDecoder` for the last
-        decoder, and then changes nothing."""
+        """Let a worker go: its turns end, its conversations move. Raises `NoDecoder`, at once, for the last decoder."""
         self._carry_out(self.scheduler.retire(name, time.monotonic()))
         while not self.scheduler.retired(name):
             await asyncio.sleep(RETIRE_SECONDS)
@@ -169,9 +162,7 @@ class Dispatcher:
     ) -> TurnStream:
         """Start a turn: one choice, `params.n` does not count. `max_tokens` None means up to the context's end.
         `conversation` is the client's key or a former turn's, if any; `said` is what else the client says of the turn.
-
-        Raises `EngineError`, or `ParameterError` for a prompt that leaves no room for an output.
-        """
+        Raises `EngineError`, or `ParameterError` for a prompt that leaves no room for an output."""
         if not 0 < len(tokens) < self.max_model_len:
             raise ParameterError("prompt", problem("llm.long_prompt", tokens=len(tokens), limit=self.max_model_len))
         if self._stopped:
@@ -235,9 +226,6 @@ class Dispatcher:
             return f"collective ({'NCCL' if kind == 'nccl' else kind}{why})"
 
         return {(source, home): how(source, home) for source, home in permutations(self.ready, 2)}
-
-    def _worker_up(self, peer: Peer) -> None:
-        self._carry_out(self.scheduler.worker_up(peer, now=time.monotonic()))
 
     def _worker_down(self, name: str, returns: bool) -> None:
         self._carry_out(self.scheduler.worker_down(name, returns=returns, now=time.monotonic()))

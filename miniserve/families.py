@@ -1,5 +1,4 @@
-"""The families of models that are served, what tells one from another (`families.toml`), and the values of a model's
-config.json, checked."""
+"""The families of models served, and what tells them apart (`families.toml`); values of config.json, checked."""
 
 import math
 from dataclasses import dataclass, field
@@ -31,8 +30,7 @@ FAMILIES = {name: Family(**table) for name, table in tables("families.toml").ite
 
 
 def text_model(config: dict[str, Any]) -> dict[str, Any]:
-    """The config.json of the text model alone, if there is one of it in `config` beside a tower for images. What it
-    has as null, the whole one may say."""
+    """The config.json of the text model alone, if `config` has one beside a tower for images, its nulls filled."""
     text = config.get("text_config")
     if not isinstance(text, dict):
         return config

@@ -43,8 +43,7 @@ def mistyped(struct: msgspec.Struct) -> tuple[str, str] | None:
 
 
 class Grammar(msgspec.Struct, frozen=True):
-    """What an output must match, in one of llguidance's forms: a JSON schema as JSON, a regular expression, or a
-    grammar in its variant of Lark."""
+    """What an output must match, as llguidance has it: a JSON schema, a regular expression, or its variant of Lark."""
 
     kind: Literal["json_schema", "regex", "lark"]
     text: str
@@ -103,10 +102,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return msgspec.structs.replace(self, seed=seed, prompt_logprobs=None)
 
     def validate(self, vocab_size: int | None = None) -> Self:
-        """Return self, or raise `ParameterError` for the first value of a wrong type or out of bounds.
-
-        `vocab_size` (tokens) also checks the token ids in `logit_bias` and `stop_token_ids`.
-        """
+        """Return self, or raise `ParameterError` for the first value of a wrong type or out of bounds. `vocab_size`
+        (tokens) also checks the token ids in `logit_bias` and `stop_token_ids`."""
         if problem := mistyped(self):
             raise ParameterError(*problem)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:

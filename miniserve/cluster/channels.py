@@ -45,8 +45,7 @@ class Keys(msgspec.Struct, frozen=True):
         return cls(*(key.decode() for key in zmq.curve_keypair()))
 
     def guard(self, socket: zmq.Socket, *, inbox: bool) -> None:
-        """What the socket binds, or connects to, from now on is for processes with these keys; a peer that is silent is
-        given up."""
+        """What it binds or connects to from now on is for processes with these keys; a silent peer is given up."""
         socket.heartbeat_ivl = BEAT_MS
         socket.heartbeat_timeout = socket.heartbeat_ttl = socket.connect_timeout = SILENT_MS
         socket.curve_publickey, socket.curve_secretkey = self.public.encode(), self.secret.encode()

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import runpy
 from collections import Counter
+from itertools import takewhile
 from pathlib import Path
 
 import msgspec
@@ -19,9 +20,8 @@ def place(
     """The topology, and each worker's settings by its name: workers get the `devices` in turns, as many at a time as
     they have ranks, of which the settings name the first.
 
-    Without `devices` these are all GPUs that can be seen, unless `engine.device` names something else. Workers
-    `elsewhere` get theirs where they are. Without a topology it is 1D on the devices of one worker and 1P(N-1)D on
-    those of N. Raises `ConfigError`.
+    Without `devices` these are all visible GPUs, unless `engine.device` names something else. Workers `elsewhere` get
+    theirs there. No topology: 1D on the devices of one worker, 1P(N-1)D on those of N. Raises `ConfigError`.
     """
     if devices and elsewhere:
         raise ConfigError("--devices names GPUs of this machine, but workers run where Ray places them: leave it out.")
@@ -77,18 +77,15 @@ def _all(device: str) -> list[str]:
 
 
 def count_gpus() -> int:
-    """NVIDIA GPUs that CUDA will see in a process of ours: those of the driver, as far as CUDA_VISIBLE_DEVICES names
-    them. 0 if there is no driver."""
+    """NVIDIA GPUs that CUDA will see in a process of ours: the driver's, if any, that CUDA_VISIBLE_DEVICES allows."""
     total = _driver_gpus()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return total
-    count = 0
-    for name in filter(None, (name.strip() for name in visible.split(","))):
-        if name.lstrip("-").isdecimal() and not 0 <= int(name) < total:
-            break  # CUDA ignores all that follows a number without a GPU
-        count += 1
-    return count if total else 0
+    names = filter(None, (name.strip() for name in visible.split(",")))
+    # CUDA ignores all that follows a number without a GPU.
+    there = takewhile(lambda name: not name.lstrip("-").isdecimal() or 0 <= int(name) < total, names)
+    return len(list(there)) if total else 0
 
 
 def _driver_gpus() -> int:

@@ -1,6 +1,4 @@
-"""Where worker processes run, and the directory of a run. A `Launcher` starts processes on this host, that of
-`cluster/ray_launcher.py` on the hosts of a Ray cluster.
-"""
+"""Where workers run, and the directory of a run. `Launcher` is for this host, `cluster/ray_launcher.py` for several."""
 
 import contextlib
 import fcntl
@@ -158,12 +156,9 @@ class WorkerProcess(subprocess.Popen[bytes]):
 
 
 class Launcher:
-    """Starts workers: processes on this host, which share its memory and cores. Those that start them elsewhere derive
-    from this.
-
+    """Starts workers as processes on this host, which share its memory and cores; one for elsewhere derives from this.
     The frontend is on the `host` of this name, "" where all is local; with an `address` of it the frontend can be
-    reached from other hosts. The run's directory, of the same path on all hosts, is made in `base`.
-    """
+    reached from other hosts. The run's directory, of the same path on all hosts, is made in `base`."""
 
     host = address = ""
 
@@ -171,8 +166,7 @@ class Launcher:
         self.base = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"miniserve-{os.getuid()}"
 
     def prepare(self, engines: dict[str, EngineConfig]) -> dict[str, EngineConfig]:
-        """Make sure that there is room for workers with these settings, and say with which ones they start there. May
-        block for long. Raises `StartupError`."""
+        """Make room for workers with these settings; those they start with. May block. Raises `StartupError`."""
         return engines
 
     def start(self, spec: WorkerSpec, far: str) -> Started:

@@ -56,8 +56,7 @@ class PoolInfo(Wire, frozen=True):
 
 
 class Peer(Wire, frozen=True):
-    """A worker as the others see it: its inbox `address`, the one `far` for other hosts, its pool, and what it is
-    for."""
+    """A worker as the others see it: its inbox `address`, the one `far` for other hosts, its pool and role."""
 
     name: str
     epoch: int
@@ -103,8 +102,7 @@ class Tokens(Wire, frozen=True):
 
 
 class Ended(Wire, frozen=True):
-    """The last output tokens of a turn, from output `index` on, and why it ends with them: `stop_token` is the token
-    that ended it, the last of `tokens`, where one did."""
+    """The last output tokens of a turn, from `index` on, and why it ends: `stop_token` is the last, if that did it."""
 
     turn: str
     index: int
@@ -128,18 +126,15 @@ TurnOutput = FirstToken | Tokens | Ended | Failed
 
 
 class Peers(Wire, frozen=True):
-    """The workers that are ready, sent to all of them whenever the set changes. A peer missing here is dead, or
-    not up yet."""
+    """The workers that are ready, sent to all of them when these change. A peer missing here is dead, or not up yet."""
 
     peers: list[Peer]
 
 
 class Keep(Wire, frozen=True):
     """What was observed of a turn's conversation, so that its worker knows whose KV to give up first between turns.
-
     `conversation` names the pages that belong together. The next turn is expected `gap` seconds after the end of this
-    one, with probability `chance`; recomputing one of its pages would take `page_seconds`.
-    """
+    one, with probability `chance`; recomputing one of its pages would take `page_seconds`."""
 
     conversation: str = ""
     gap: float = 0.0
@@ -150,8 +145,7 @@ class Keep(Wire, frozen=True):
 class Run(Wire, frozen=True):
     """Serve one turn: prefill `tokens`, decode until it ends, report every token.
 
-    `turn` names this run of it: a turn that starts again elsewhere gets a new name, so that what still travels of the
-    old run has no meaning any more.
+    `turn` names this run: a turn that starts anew elsewhere gets a new name, and what still travels of the old is void.
 
     The last `prior` of `tokens` were already given to the client as output (a turn that moved here after a failure).
     `seed` is always set: two workers that sample the same position draw the same number. With `prefill_at` (a
@@ -186,8 +180,7 @@ class Shutdown(Wire, frozen=True):
 
 class Prefill(Run, frozen=True):
     """D asks P to prefill what it was asked to run. D has reserved its pages and already holds the first `have` tokens
-    (a whole number of pages), so P publishes only what follows. With `share_history` P may fetch from D what it lacks
-    of the first ones."""
+    (a whole number of pages), so P publishes only what follows. With `share_history` P may fetch those it lacks."""
 
     have: int = 0
 
@@ -226,8 +219,7 @@ class Publish(Wire, frozen=True):
 
 
 class Release(Wire, frozen=True):
-    """The receiver is done with a handoff (acknowledged, aborted, or given up): the sender ends the lease and any work
-    left for it."""
+    """The receiver is done with a handoff (acknowledged, aborted, given up): the sender ends the lease and its work."""
 
     turn: str
 
@@ -258,8 +250,7 @@ class Loading(Wire, frozen=True):
 
 
 class Facts(Wire, frozen=True):
-    """What a person wants to know of an engine. `kernels` names those that it runs, `phases` are seconds per start-up
-    phase, `kv_note` the arithmetic of the pool's size."""
+    """What a person wants to know of an engine. `phases` are seconds of its start, `kv_note` how the pool is sized."""
 
     dtype: str
     device: str
@@ -281,8 +272,7 @@ class Ready(Facts, frozen=True, kw_only=True):
 
 
 class StartFailed(Wire, frozen=True):
-    """A worker could not start: the reason, and what to do about it, for a person. `trace` says where in the code, if
-    it is an error that the code does not expect."""
+    """A worker could not start: why, and what to do about it, for a person; a `trace` of an error of the code."""
 
     reason: str
     trace: str = ""
@@ -303,9 +293,8 @@ class Move(Wire, frozen=True):
 
 
 class StepTime(Wire, frozen=True):
-    """What one step computed and how many `seconds` it took: `prefill` tokens of prompts, which looked back on
-    `prefill_context` tokens in all, and `decodes` tokens of sequences that decode, drafted ones among them, which have
-    `decode_context` tokens in all."""
+    """What one step computed in how many `seconds`: `prefill` tokens of prompts, which looked back on `prefill_context`
+    tokens in all, and `decodes` tokens, drafted ones among them, of sequences with `decode_context` tokens in all."""
 
     prefill: int
     prefill_context: int
@@ -315,8 +304,7 @@ class StepTime(Wire, frozen=True):
 
 
 class Counters(msgspec.Struct, array_like=True, kw_only=True):
-    """What an engine has done since it started; only grows. `held_tokens` of the drafted ones were sampled as
-    drafted."""
+    """What an engine has done since it started; only grows. `held_tokens` are those that were sampled as drafted."""
 
     steps: int = 0
     preemptions: int = 0
@@ -356,8 +344,7 @@ class WorkerStats(Counters):
 
 
 class Report(Wire, frozen=True):
-    """After a step, or once a second when idle: tokens, finished handoffs, the worker's state, the steps since the last
-    report, and the turns that were stopped since."""
+    """After a step, or once a second when idle: the worker's state, and what came of turns since the last one."""
 
     outputs: list[TurnOutput]
     moves: list[Move]

@@ -25,8 +25,7 @@ class Forward(Wire, frozen=True):
 
 
 class Copied(Wire, frozen=True):
-    """Copy between slots of recurrent state (`save`, `load`; `clear` has no target), or of host memory (`offload`,
-    `restore`), and pages."""
+    """Copy between pages and slots: of recurrent state (`save`, `load`; `clear`: no target), else of host memory."""
 
     what: Literal["clear", "save", "load", "offload", "restore"]
     sources: list[int]

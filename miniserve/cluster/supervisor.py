@@ -1,5 +1,4 @@
-"""The workers of one run: started, watched, started again when they end. Nothing here knows of turns, or of where
-workers run: a launcher does."""
+"""The workers of one run: started, watched, started again. Nothing here knows of turns, or of where workers run."""
 
 import asyncio
 import logging
@@ -23,13 +22,9 @@ WATCH_START_SECONDS = 0.1
 
 
 class Supervisor:
-    """Owns the workers that `launcher` starts, the run's directory and the sockets. All methods belong to one event
-    loop; nothing here blocks it.
-
+    """Owns the workers that `launcher` starts, the run's directory and the sockets, on an event loop it never blocks.
     The owner is called back: `up` when a worker serves (at the first start when all do), `report` with what it reports
-    from then on, `down` when it has ended, even while it loads, and whether it returns; `loading` with the progress of
-    the first start.
-    """
+    from then on, `down` when it has ended, even while it loads, and whether it returns; `loading` at first."""
 
     def __init__(
         self,
@@ -42,8 +37,7 @@ class Supervisor:
         report: Callable[[str, Report], None],
         loading: Callable[[str, Loading], None],
     ) -> None:
-        """`engines`: the settings of each worker by its name, in the order of start. `timeout`: seconds of silence
-        after which a worker is ended and started again."""
+        """`engines`: each worker's settings by its name, in order. Those silent for `timeout` seconds start again."""
         self.processes: dict[str, Started] = {}
         """The latest incarnation of each worker, dead or alive."""
         self.ready: dict[str, Ready] = {}
@@ -65,8 +59,7 @@ class Supervisor:
         self._watching: asyncio.Task | None = None
 
     async def start(self) -> None:
-        """Spawn the workers and wait, however long they load, until all are ready. Raises `StartupError`; then nothing
-        is left running."""
+        """Spawn the workers and wait, however long, until all are ready. Raises `StartupError`; then nothing runs."""
         try:
             self.engines = await asyncio.to_thread(self._launcher.prepare, self.engines)
             self._spawn()

@@ -1,7 +1,5 @@
-"""Which cached page goes first: by the expected need of its conversation (default), or the least recently used.
-
-Times are seconds on the clock of the engine that calls.
-"""
+"""Which cached page goes first: by the expected need of its conversation (default), or the least recently used. Times
+are seconds on the clock of the engine that calls."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -33,10 +31,8 @@ def need(keep: Keep, elapsed: float) -> float:
 
 @dataclass
 class Group:
-    """Cached pages of one conversation, the next to be evicted first, with the time at which each was released.
-
-    The group without a `name` holds the pages of all unknown conversations.
-    """
+    """Cached pages of one conversation, the next to be evicted first, with the time at which each was released. The
+    group without a `name` holds the pages of all unknown conversations."""
 
     name: str
     keep: Keep
@@ -76,8 +72,7 @@ class ExpectedNeed:
         return len(self._group_of)
 
     def release(self, pages: list[int], keep: Keep, now: float) -> None:
-        """A turn of the conversation ends: the pages are cached from now on. They join its group as the last to go, and
-        what is known now counts for all pages of the group."""
+        """A turn of the conversation ends: the pages join its group as the last to go, whose `keep` this is now."""
         name = self._name(keep)
         if not pages and name not in self._groups:
             return

@@ -1,7 +1,4 @@
-"""Host memory for the KV of pages that the device's pool evicts, from where a page can come back by copy.
-
-Bookkeeping only, as in `kv/pages.py`; the bytes are in `kv/swap.py`.
-"""
+"""Host memory for pages that the device's pool evicts, from where they come back; the bytes are in `kv/swap.py`."""
 
 from collections.abc import Callable
 from typing import Literal, Protocol

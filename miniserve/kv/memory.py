@@ -14,8 +14,7 @@ from miniserve.cluster.messages import CudaHandle, PoolInfo
 
 @dataclass(frozen=True)
 class PageShape:
-    """What one page holds: `[layer, k/v, slot, kv_head, head_dim]` of `dtype`, contiguous; the last three
-    in this order or in that of the kernels' `layout`."""
+    """A page: contiguous `[layer, k/v, slot, kv_head, head_dim]` of `dtype`, the last three in the kernels' order."""
 
     layers: int
     page_tokens: int
@@ -94,10 +93,8 @@ class KVMemory:
 
     @cached_property
     def _handle(self) -> CudaHandle | None:
-        """How a peer maps this pool by CUDA IPC; None on a CPU.
-
-        It is made once, since torch counts each export. The whole block of the driver's is exported: it is the pool.
-        """
+        """How a peer maps this pool by CUDA IPC; None on a CPU. It is made once, since torch counts each export. The
+        whole block of the driver's is exported: it is the pool."""
         if self.pages.device.type != "cuda":
             return None
         torch.cuda.synchronize(self.pages.device)  # a peer that maps it finds the zeros

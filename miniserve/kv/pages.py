@@ -2,8 +2,7 @@
 
 Bookkeeping only: page numbers in, page numbers out; the bytes are in `kv/memory.py`, and the caller gives the time in
 seconds on any one clock. Every page is in exactly one of three states: free (it holds nothing), cached (it holds a
-known prefix that no sequence uses), held (referenced at least once). Which cached page goes first is for an order to
-say (`kv/eviction.py`).
+known prefix that no sequence uses), held (referenced at least once). An order says which goes first (`kv/eviction.py`).
 """
 
 from collections.abc import Callable
@@ -109,7 +108,7 @@ class PagePool:
         return pages
 
     def register(self, page: int, digest: bytes, parent: bytes | None = None) -> None:
-        """Make a held, full page findable by its hash, unless another one is; `parent` is the hash of that before."""
+        """Make a held, full page findable by its hash, unless another one is; `parent`: the hash of the page before."""
         assert self._refs[page] > 0, "only a held page has content worth naming"
         if self.caching and digest not in self._page_of and self._hash_of[page] is None:
             self._page_of[digest] = page
@@ -120,11 +119,9 @@ class PagePool:
                 self._children[parent] = self._children.get(parent, 0) + 1
 
     def release(self, pages: list[int], keep: Keep, now: float) -> None:
-        """Drop one reference of each page. Those without references become cached, or free if they have no name.
-
-        Pages are given in the order of the sequence; the end of a prefix is evicted before its beginning, since a
-        page is of no use without those before it. `keep` says what is known of the conversation, whose turn ends `now`.
-        """
+        """Drop one reference of each page. Those without references become cached, or free if they have no name. Pages
+        are given in the order of the sequence; the end of a prefix is evicted before its beginning, since a page is of
+        no use without those before it. `keep` says what is known of the conversation, whose turn ends `now`."""
         cached: list[int] = []
         for page in reversed(pages):
             assert self._refs[page] > 0, f"page {page} released more often than it was taken"

@@ -84,9 +84,7 @@ def copy_pages(source: torch.Tensor, froms: list[int], target: torch.Tensor, tos
 
 
 def pin(memory: torch.Tensor) -> None:
-    """Lock host memory for the rest of this process, so that a GPU can copy from and to it beside its steps.
-
-    It is registered, not allocated with `pin_memory=True`, which rounds up to a power of two. Raises RuntimeError.
-    """
+    """Lock host memory for the rest of this process, so that a GPU can copy from and to it beside its steps. It is
+    registered, not allocated with `pin_memory=True`, which rounds up to a power of two. Raises RuntimeError."""
     portable = 1
     torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, portable))

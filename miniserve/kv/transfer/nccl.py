@@ -110,10 +110,8 @@ class Nccl:
 
 
 class NcclCommunicator:
-    """One direction of a pair, beside the engine's steps. Both sides name as many pages, in the same order.
-
-    Its calls do not block: one that has to wait for the peer returns, and `_settle` waits, until that comes or leaves.
-    """
+    """One direction of a pair, beside the engine's steps. Both sides name as many pages, in the same order. Its calls
+    do not block: one that has to wait for the peer returns, and `_settle` waits, until that comes or leaves."""
 
     def __init__(self, network: Nccl, identity: bytes, rank: int, side: SideStream, check: Callable[[], None]) -> None:
         self._network, self._call = network, network.call

@@ -145,8 +145,7 @@ class Direction:
 
 
 class PairTransfer:
-    """A `Transfer` over a `Line` for each direction, made once for each pair of incarnations. `door` is ours. One
-    thread makes it, fetches and closes."""
+    """A `Transfer` over a `Line` for each direction, made for one pair of incarnations. One thread uses it."""
 
     def __init__(self, sends: Line, receives: Line, door: Door, peer: Peer) -> None:
         self._door, self._who = door, (peer.name, peer.epoch)
