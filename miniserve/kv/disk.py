@@ -281,10 +281,9 @@ class Disk:
     def _written(self, job: Job, piece: Piece, slots: list[int], now: float) -> None:
         """A piece is on disk, or its turn has no more room there, or it failed: then no turn is taken for a while."""
         self._writing = None
-        held = list(zip(slots, piece.hashes, strict=True))
-        # Slots of pages that are on the device as well are the first to go.
-        self.host.release([slot for slot, digest in held if digest in self.pool], RESTORED, now)
-        self.host.release([slot for slot, digest in held if digest not in self.pool], piece.keep, now)
+        for slot, digest in zip(reversed(slots), reversed(piece.hashes), strict=True):
+            # Slots of pages that are on the device as well are the first to go.
+            self.host.release([slot], RESTORED if digest in self.pool else piece.keep, now)
         try:
             self.saved += (written := job.result())
         except OSError as error:
