@@ -54,8 +54,8 @@ class RequestOutput(msgspec.Struct):
 
 class LLM:
     """A model ready to generate, with the same engine that worker processes run. `model` is a folder, an alias like
-    `smollm2-135m`, or a hub id; the other arguments are those of `EngineConfig` (dtype, kv_cache_memory
-    and so on), as values or written as on the command line ("32k", "2GiB"). Raises `ModelError` or `ConfigError`."""
+    `smollm2-135m`, or a hub id; the other arguments are those of `EngineConfig` (dtype, kv_cache_memory, ...), values
+    or written as on the command line ("32k", "2GiB"). Raises `ModelError` or `ConfigError`."""
 
     def __init__(
         self,
