@@ -73,14 +73,15 @@ class Engine:
         self._in_flight: InFlight | None = None
         self._ended = 0.0
         """When the last step ended."""
-        watermark = max(1, self.pool.num_pages // 100)
-        self._admissions = Admissions(self.pool, self.host, self.disk, self.snapshots, self.page_tokens, watermark)
+        self.watermark = max(1, self.pool.num_pages // 100)
+        """Pages that are kept back for running sequences to grow into."""
+        self._admissions = Admissions(self.pool, self.host, self.disk, self.snapshots, self.page_tokens, self.watermark)
         self._batching = Batching(
             pool=self.pool,
             page_tokens=self.page_tokens,
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_model_len=self.max_model_len,
-            watermark=watermark,
+            watermark=self.watermark,
             pace=self.pace,
             draft_rows=self.draft_rows,
             preempt=self._preempt,

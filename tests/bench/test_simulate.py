@@ -18,8 +18,10 @@ from miniserve.bench.replay.workload import WHOLE, Distribution, Script, TurnSiz
 from miniserve.bench.simulate.cluster import Agent, Simulation
 from miniserve.bench.simulate.hardware import PRESETS, Hardware
 from miniserve.bench.simulate.run import alone, simulate
+from miniserve.bench.simulate.worker import LONGEST_STRIDE, SimulatedWorker
 from miniserve.cli import main as cli
 from miniserve.scheduler.baselines import POLICIES
+from miniserve.worker.step import Launched, Work
 from scripts.figures.timeline import timeline
 from tests.support.simulated import PLAIN, scripts, simulated
 from tests.support.whole import check_pool
@@ -35,6 +37,33 @@ def simulation(
     made = Simulation(simulated(work, topology, policy, rate, hardware, mispredict=0.2))
     made.run()
     return made
+
+
+@pytest.mark.parametrize("policy", ["colocated", "conserve", "observe"])
+def test_a_stride_is_its_steps(policy: str, monkeypatch: pytest.MonkeyPatch):
+    """The same tokens at the same times as with a call for each step, and far fewer calls. What `observe` has measured
+    of steps it knows later, so it may place a turn elsewhere."""
+    counts, found = [], []
+    launch = SimulatedWorker.launch
+
+    def counted(self: SimulatedWorker, batch: list[Work]) -> Launched:
+        counts[-1] += 1
+        return launch(self, batch)
+
+    monkeypatch.setattr(SimulatedWorker, "launch", counted)
+    for longest in (1, LONGEST_STRIDE):
+        monkeypatch.setattr("miniserve.bench.simulate.worker.LONGEST_STRIDE", longest)
+        counts.append(0)
+        found.append(simulation(scripts(60, turns=4), "1P2D", policy, A40, rate=3.0))
+    assert counts[1] < counts[0] / 3
+    one, many = ({times.key: latency(times) for times in made.times} for made in found)
+    near = 0.05 if policy == "observe" else 1e-6
+    for key, times in one.items():
+        assert many[key].ttfet == pytest.approx(times.ttfet, rel=near)
+        assert many[key].e2e == pytest.approx(times.e2e, rel=near)
+        assert many[key].ttft == pytest.approx(times.ttft, rel=2 * near, abs=0.05 * (policy == "observe"))
+    assert sum(found[1].gaps) == pytest.approx(sum(found[0].gaps), rel=near)
+    assert len(found[1].gaps) == len(found[0].gaps)
 
 
 # --- known answers --------------------------------------------------------------------------------------------------

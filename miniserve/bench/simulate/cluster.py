@@ -137,7 +137,7 @@ class Simulation:
     def _receive(self, worker: SimulatedWorker, envelope: Envelope) -> None:
         """A worker reads a message now or after its step."""
         worker.inbox.append(envelope)
-        self._schedule(worker, max(self.now, worker.now))
+        self._schedule(worker, worker.reads(self.now))
 
     def _schedule(self, worker: SimulatedWorker, due: float) -> None:
         if worker.due > due or worker.due <= self.now:
@@ -189,8 +189,8 @@ class Simulation:
         assert not isinstance(output, Failed), output.error
         if agent.received == 0:
             agent.first = self.now
-        elif output.tokens:
-            self.gaps.append(self.now - agent.last)
+        elif count := len(output.tokens):
+            self.gaps.extend([(self.now - agent.last) / count] * count)
         assert output.tokens == agent.answer[agent.received : agent.received + len(output.tokens)]
         agent.received += len(output.tokens)
         agent.last = self.now
@@ -220,8 +220,9 @@ class Simulation:
             agent.parent.running[agent.script.until] -= 1
             self._go_on(agent.parent)
 
-    def _speak(self, sequence: Sequence) -> int:
-        return self._agents[sequence.turn.rpartition(".")[0]].answer[sequence.num_outputs]
+    def _speak(self, sequence: Sequence, count: int) -> list[int]:
+        said = sequence.num_outputs
+        return self._agents[sequence.turn.rpartition(".")[0]].answer[said : said + count]
 
 
 def _hosts(topology: Topology, devices: int | None) -> dict[str, str]:

@@ -3,10 +3,15 @@
 Only what a device does is replaced: the worker is its engine's runner, which has no model but lets the time of a step
 pass and asks for the next token, and its host memory; there and on a `SimulatedLink` the time of a copy passes, and no
 bytes are moved.
+
+While nothing comes and every sequence decodes, a worker's steps differ by their length alone. It is then called once
+for several of them, as many as have been made until a message comes or a turn ends: to the engine that is one step with
+drafts that hold.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
@@ -15,22 +20,25 @@ from typing import Literal
 from msgspec.structs import replace
 
 from miniserve.bench.simulate.hardware import Hardware
-from miniserve.cluster.messages import Envelope, Message, Peer, PoolInfo
+from miniserve.cluster.messages import Envelope, Message, Peer, PoolInfo, StepTime
 from miniserve.config import Role
 from miniserve.kv.disk import Disk, Piece, Pieces
 from miniserve.kv.eviction import make_order
 from miniserve.kv.host import HostPool
 from miniserve.kv.pages import PagePool
 from miniserve.worker.batching import Pace
+from miniserve.worker.drafts import Drafter
 from miniserve.worker.engine import Engine
 from miniserve.worker.handoff import Handoffs
 from miniserve.worker.process import Worker
-from miniserve.worker.sequence import Sequence
-from miniserve.worker.step import Launched, Sampled, Work
+from miniserve.worker.sequence import Sequence, State
+from miniserve.worker.step import Launched, Sampled, StepResult, Work
 
 LAYOUT = "simulated"
 PATIENCE = 30.0
 """Seconds of a handoff's lease: the default of `serve`."""
+LONGEST_STRIDE = 32
+"""Steps of a stride at most: their tokens are reported at its end."""
 
 
 @dataclass
@@ -47,14 +55,14 @@ Send = Callable[[str, str, float, Message], None]
 
 @dataclass(eq=False)
 class SimulatedWorker:
-    """One worker of the cluster, with its inbox. The simulation calls `round` when it is due. `speak` returns the next
-    token of a complete sequence."""
+    """One worker of the cluster, with its inbox. The simulation calls `round` when it is due. `speak` returns so many
+    next tokens of a complete sequence."""
 
     name: str
     role: Role
     host: str
     hardware: Hardware
-    speak: Callable[[Sequence], int]
+    speak: Callable[[Sequence, int], list[int]]
     deliver: Send
     max_model_len: int
     stretch: float
@@ -72,6 +80,10 @@ class SimulatedWorker:
     inbox: list[Envelope] = field(default_factory=list)
     due: float = inf
     """The time of its next round; infinite while none is due."""
+    stride: int = 1
+    """Steps of the stride that the engine takes."""
+    ends: list[float] = field(default_factory=list)
+    """When the steps of the next stride end, as far as nothing comes between."""
 
     def __post_init__(self) -> None:
         hardware, clock = self.hardware, self.clock
@@ -81,7 +93,7 @@ class SimulatedWorker:
         pages, on_evict = hardware.kv_tokens // hardware.page_tokens, host.store if host is not None else None
         self.pool = PagePool(pages, make_order("expected"), caching=self.caching, on_evict=on_evict)
         disk = Disk(SimulatedDisk(self, self.disk), host, self.pool) if host and hardware.disk_space else None
-        engine = Engine(
+        engine = self.engine = Strider(
             self,
             self.pool,
             page_tokens=hardware.page_tokens,
@@ -91,6 +103,7 @@ class SimulatedWorker:
             host=host,
             disk=disk,
             pace=Pace(hardware.max_num_batched_tokens, self.stretch) if self.stretch else None,
+            draft_rows=2**31,
             clock=clock,
         )
         handoffs = Handoffs(engine, self._page_bytes, LAYOUT, PATIENCE, self.send, self.connect, clock)
@@ -110,15 +123,42 @@ class SimulatedWorker:
         return self.now
 
     def launch(self, batch: list[Work]) -> Launched:
-        """Make a step that takes as long as on the hardware."""
-        chunks = [(work.count, work.start) for work in batch if not work.is_decode]
-        kv_tokens = sum(len(work.sequence.tokens) for work in batch if work.is_decode)
-        seconds = self.hardware.step_seconds(chunks, len(batch) - len(chunks), kv_tokens)
-        self._settle()
-        self.now += seconds
-        self.busy += seconds
-        sampled: Sampled = [(self.speak(work.sequence), None) for work in batch if work.samples]
+        """Make a step that takes as long as on the hardware, or a stride."""
+        if self.ends:
+            end = self.ends[self.stride - 1]
+        else:
+            chunks = [(work.count, work.start) for work in batch if not work.is_decode]
+            kv_tokens = sum(len(work.sequence.tokens) for work in batch if work.is_decode)
+            self._settle()
+            end = self.now + self.hardware.step_seconds(chunks, len(batch) - len(chunks), kv_tokens)
+        self.busy += end - self.now
+        self.now = end
+        spoken = [self.speak(work.sequence, work.num_sampled) for work in batch if work.samples]
+        sampled: Sampled = [(token, None) for tokens in spoken for token in tokens]
         return lambda: sampled
+
+    def _foresee(self) -> list[float]:
+        """When the next steps will end if nothing comes: of none, unless all sequences decode and can go on alike."""
+        engine, running = self.engine, self.engine.running
+        if engine.waiting or engine.expecting or self.copied > self.now or self.worker.handoffs.receiver.copying:
+            return []
+        if not running or any(s.state is not State.RUNNING or s.to_launch != 1 or s.drafter is None for s in running):
+            return []
+        left = ((s.params.max_tokens or inf) - s.num_outputs for s in running)
+        steps = int(min(LONGEST_STRIDE, *left))
+        size = self.hardware.page_tokens
+        more = sum(-(-(len(s.tokens) + steps) // size) - len(s.pages) for s in running)
+        if more + engine.watermark > self.pool.num_available:
+            return []
+        ends, count, kv_tokens, now = [], len(running), sum(len(s.tokens) for s in running), self.now
+        for step in range(steps):
+            now += self.hardware.step_seconds((), count, kv_tokens + step * count)
+            ends.append(now)
+        return ends
+
+    def reads(self, now: float) -> float:
+        """When it reads what comes `now`: when the step that it makes has ended."""
+        return self.ends[bisect_left(self.ends, now)] if self.ends else max(now, self.now)
 
     @property
     def page_seconds(self) -> float:
@@ -136,8 +176,16 @@ class SimulatedWorker:
 
     def round(self, now: float) -> float:
         """Run its loop once from `now` on; returns when the next round is due if no message comes before."""
+        if self.ends:
+            self.stride = bisect_left(self.ends, now) + 1
+            self.worker.work([])
+            self.stride, self.ends = 1, []
         self.now = now
         messages, self.inbox = self.inbox, []
+        if not messages:
+            self.ends = self._foresee()
+        if self.ends:
+            return self.ends[-1]
         self.worker.work(messages)
         return self.now + self.worker.rest
 
@@ -145,6 +193,37 @@ class SimulatedWorker:
         self.deliver(self.name, address, self.now, body)
 
     def forget(self, address: str) -> None: ...
+
+
+class Foresight(Drafter):
+    """Drafts what a sequence will say, as far as the worker's stride goes."""
+
+    def __init__(self, worker: SimulatedWorker, sequence: Sequence) -> None:
+        self._worker, self._sequence = worker, sequence
+
+    def draft(self, tokens: list[int], most: int) -> list[int]:
+        return self._worker.speak(self._sequence, self._worker.stride - 1)
+
+    def observe(self, drafted: int, held: int) -> None: ...
+
+
+class Strider(Engine):
+    """The engine of a worker that takes strides. What it reports of one is the mean of its steps."""
+
+    runner: SimulatedWorker
+
+    def add(self, sequence: Sequence) -> None:
+        super().add(sequence)
+        if sequence.drafter is not None:
+            sequence.drafter = Foresight(self.runner, sequence)
+
+    def step(self) -> StepResult:
+        result, steps = super().step(), self.runner.stride
+        if steps > 1 and (time := result.time) is not None:
+            count = time.decodes // steps
+            context = time.decode_context + count * (steps - 1) // 2
+            result.time = StepTime(0, 0, count, context, time.seconds / steps)
+        return result
 
 
 @dataclass
