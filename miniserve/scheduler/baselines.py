@@ -96,7 +96,8 @@ class Ampd(Prefilling):
         remote = [self._remote(need, cluster, home, p) for p in cluster.prefillers_for(home, need.known)]
         best = min(remote, key=lambda option: option.first_token)
         away = best.first_token < local.first_token
-        wrong = _draw(f"{conversation.key}:{conversation.turns}") < self._mispredict
+        drawn = blake2b(f"{conversation.key}:{conversation.turns}".encode(), digest_size=6).digest()
+        wrong = int.from_bytes(drawn, "big") / 2**48 < self._mispredict
         reason = "mispredicted" if wrong else "earlier first token"
         return Placement(best if away != wrong else local, reason, (local, *remote), share_history=True)
 
@@ -184,11 +185,6 @@ class CacheAware(Moving):
 
 def _fitting(need: Need, cluster: Cluster) -> list[WorkerView]:
     return [d for d in cluster.decoders if d.name in cluster.open and d.fits(need.pages)]
-
-
-def _draw(text: str) -> float:
-    """A number in [0, 1) that looks random and is the same for the same text."""
-    return int.from_bytes(blake2b(text.encode(), digest_size=6).digest(), "big") / 2**48
 
 
 POLICIES: dict[str, Callable[[], Policy]] = {

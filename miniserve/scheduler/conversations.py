@@ -46,14 +46,6 @@ class Match(NamedTuple):
     near: Near
 
 
-class Found(NamedTuple):
-    """The conversation of a prompt, how many of its tokens that has seen before, and how it differs from the last."""
-
-    conversation: Conversation
-    known: int
-    change: Change | None
-
-
 class Conversations:
     """Conversations by a client's key and by their prompts.
 
@@ -105,9 +97,12 @@ class Conversations:
         """The latest conversations of a client's id, the latest first."""
         return islice(reversed(self._families.get(family, {}).values()), MOST_MEMBERS)
 
-    def find(self, key: str | int, prompt: bytes, chain: list[bytes], now: float, said: Said = UNSAID) -> Found:
-        """The conversation of a prompt, of 4 bytes a token: one that it continues or edits, or a new one. `key` is the
-        client's, "" for none; `chain` is the prompt's `page_chain`."""
+    def find(
+        self, key: str | int, prompt: bytes, chain: list[bytes], now: float, said: Said = UNSAID
+    ) -> tuple[Conversation, int, Change | None]:
+        """The conversation of a prompt, of 4 bytes a token (one that it continues or edits, or a new one), how many of
+        its tokens that has seen before, and how it differs from the last. `key` is the client's, "" for none; `chain`
+        is the prompt's `page_chain`."""
         change, length = None, len(prompt) // 4
         of, relation, known, near = (self._among if key else self._of_all)(key, prompt, chain, said)
         if of is not None and relation is not Relation.NEW:
@@ -134,7 +129,7 @@ class Conversations:
             of.places = self._first.add(chain, of)
         self._mark(of, prompt, chain)
         self._last.put(of.key, prompt)
-        return Found(of, min(known, length), change)
+        return of, min(known, length), change
 
     def answered(self, conversation: Conversation, tokens: list[int]) -> None:
         """The tokens that were generated behind the last prompt."""

@@ -1,7 +1,6 @@
 """miniserve's own policy: the place with the least delay for all turns together, by what was observed."""
 
 from collections.abc import Callable
-from functools import partial
 from itertools import islice
 
 from miniserve.config import Role
@@ -68,10 +67,11 @@ class Observe(Policy):
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
         home = cluster.worker(need.conversation.home)
         if home is None:
-            return self._first(need, cluster, self._likely(need, cluster, partial(self._may_take, need)))
+            return self._first(need, cluster)
         return self._later(need, cluster, home)
 
-    def _first(self, need: Need, cluster: Cluster, homes: list[WorkerView]) -> Placement | None:
+    def _first(self, need: Need, cluster: Cluster) -> Placement | None:
+        homes = self._likely(need, cluster, lambda worker: self._may_take(need, worker))
         options = [o for n, home in enumerate(homes) for o in self._options(need, cluster, home, n < FEW_HOMES)]
         if not options:
             return None
@@ -97,7 +97,7 @@ class Observe(Policy):
         # Other turns of this conversation run there, or it has just moved: then it stays, unless it would have to wait.
         if need.conversation.active > 1 or (fits and need.conversation.moved_at == need.conversation.turns):
             return stay
-        roomy = self._likely(need, cluster, partial(self._may_join, need))
+        roomy = self._likely(need, cluster, lambda d: d is not home and need.pages <= self.elsewhere(d))
         if not roomy:
             return stay
         options = [option for d in roomy for option in self._options(need, cluster, d)]
@@ -110,10 +110,6 @@ class Observe(Policy):
         # A turn that would drive out what is needed soon waits.
         crowded = worker.turns > 0 and worker.room - need.pages < ROOM * worker.total_pages
         return not crowded or need.waited > max(self._worth(need, worker), 0.0)
-
-    def _may_join(self, need: Need, worker: WorkerView) -> bool:
-        """Whether a conversation may leave its home for this worker."""
-        return worker.name != need.conversation.home and need.pages <= self.elsewhere(worker)
 
     def elsewhere(self, worker: WorkerView) -> float:
         free = not worker.turns or worker.turns < worker.max_turns
