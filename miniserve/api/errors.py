@@ -103,8 +103,7 @@ def as_api_error(error: Exception) -> ApiError:
 
 @contextmanager
 def renamed(api: str) -> Iterator[None]:
-    """Errors about a chat request that was made from a request to another `api` of parameters.toml name that API's
-    parameters."""
+    """Errors about a chat that was made from a request to another `api` of parameters.toml name its parameters."""
     try:
         yield
     except (ParameterError, ApiError, ValidationError) as error:

@@ -34,8 +34,7 @@ TABLES = tables("hub/gguf.toml")
 
 
 def gguf_folder(given: Path, progress: Callable[[str], None]) -> Path:
-    """The folder in the cache for a GGUF file, or for a folder with one, made now if it is not there; it links to the
-    file. Raises `ModelError`."""
+    """The folder in the cache for a GGUF file, or a folder with one, made if it is not there. Raises `ModelError`."""
     found = [given] if given.is_file() else sorted(given.glob("*.gguf"))
     if len(found) > 1:
         raise ModelError(f"{given} has several models ({', '.join(p.name for p in found[:3])}): give one of the files.")

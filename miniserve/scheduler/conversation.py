@@ -180,8 +180,7 @@ class Conversation:
     edits: int = 0
     """Times that the client changed what had been said."""
     copy_at: str | None = None
-    """The worker that prefilled a turn for the home last. It still holds the first `copy_tokens` tokens, unless it has
-    evicted them."""
+    """The worker that last prefilled a turn for the home: it holds the first `copy_tokens` tokens, if not evicted."""
     copy_tokens: int = 0
     history: History = field(default_factory=History)
     marks: list[PromptMark] = field(default_factory=list, repr=False)
@@ -195,8 +194,7 @@ class Conversation:
 
 
 class Forecast:
-    """Outputs, gaps and the chance of another turn. What all conversations did lately counts where one's own history
-    is too short."""
+    """Outputs, gaps and the chance of another turn; where one's own history is too short, by what all did lately."""
 
     def __init__(self) -> None:
         self._outputs: deque[float] = deque(maxlen=RECENT)

@@ -88,8 +88,7 @@ class Conversations:
         return list(islice(reversed(self._by_key.values()), count))
 
     def is_side(self, conversation: Conversation) -> bool:
-        """Whether it holds requests beside a conversation's turns: the client says so, or others came with its key
-        that offer tools, as it does not."""
+        """Whether it holds requests beside turns: the client says so, or only others under its key offer tools."""
         said, others = conversation.said, self._members(conversation.family)
         return said.side or (not said.tools and any(other.said.tools for other in others))
 

@@ -16,9 +16,8 @@ PATIENCE = 0.25
 ROOM = 0.1
 """The share of its pages that a worker must have room for after it has become a home: conversations grow."""
 WORTH = 8.0
-"""A newcomer for which there is no room waits for so many times what it would cost all turns to compute again what it
-drives out. Once would be right if that happened once; it happens at each turn of all that then share too little room.
-"""
+"""A newcomer without room waits so many times what it would cost all to compute again what it drives out. Once would be
+right if that happened once; it happens at each turn of all that then share too little room."""
 MOST_PREFILLING = 0.75
 """A larger share of a worker's time that prompts took says little about what comes."""
 STEP_STRETCH = 6.0
@@ -183,8 +182,7 @@ class Observe(Policy):
         return options
 
     def _decode(self, tokens: int, output: int, home: WorkerView) -> tuple[float, float]:
-        """How long the decode takes at `home`, with prompts in its steps as on average, and by how much it slows down
-        the streams there, in all."""
+        """How long the decode takes, with prompts in its steps as on average, and how much it slows others, in all."""
         step = home.speed.decode(home.turns + 1, home.tokens_in_use + tokens)
         step /= 1 - min(home.prefilling.value, MOST_PREFILLING)
         more = step - home.speed.decode(home.turns, home.tokens_in_use) if home.turns else 0.0

@@ -78,8 +78,7 @@ class Policy:
     name = ""
     """Of the policy in `POLICIES`, for records of decisions."""
     step_stretch = 0.0
-    """How many times longer than the step of a lone stream a step may take in which prompts are computed beside
-    streams; 0 for as long as it takes."""
+    """How many times as long as a lone stream's step one may take that computes prompts beside streams; 0: any."""
 
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
         """Place a turn, at a home in `cluster.open` that has room for `need`; None if it has to wait."""

@@ -116,8 +116,7 @@ class FirstPages:
 
 
 class LastPrompts:
-    """What was computed last of each conversation, prompt and answer: 4 bytes a token, `most` bytes in all, the latest
-    ones."""
+    """What was computed last of each conversation, prompt and answer: 4 bytes a token, at most `most` bytes in all."""
 
     def __init__(self, most: int = KEPT_BYTES) -> None:
         self._most = most

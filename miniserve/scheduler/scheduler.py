@@ -191,8 +191,7 @@ class Scheduler(Placer):
         self._commands += [Send(name, peers) for name in self.workers]
 
     def check_room(self, now: float) -> None:
-        """Raises `QueueFull` if no more turns should be submitted. To be called once for a request, which may then
-        submit all of its turns."""
+        """Raises `QueueFull` if no more turns should be submitted. Call it once for a request, before all its turns."""
         if self.queued >= self._max_queued:
             # The queue is likely to move on at the rate at which turns ended lately.
             seconds = self.queued * max(now - self._ends[0], 0.1) / len(self._ends) if self._ends else 5
@@ -338,8 +337,7 @@ class Scheduler(Placer):
         self._commands.append(Deliver(turn.id, Failed(turn.id, turn.delivered, reason, invalid)))
 
     def _run_again(self, turn: Turn, now: float) -> None:
-        """End the turn's run, if its worker still lives, and put it at the head of the queue; it goes on from its
-        tokens."""
+        """End the turn's run, if its worker lives, and put it at the head of the queue; it goes on from its tokens."""
         self._abort(turn)
         self._ledger.release(turn, now)
         turn.move(TurnState.QUEUED)

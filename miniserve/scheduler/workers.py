@@ -31,8 +31,7 @@ class WorkerView:
     resident: int = 0
     """Held by conversations between turns; the worker may evict it."""
     wanted: float = 0.0
-    """What of `resident` is expected to be needed again soon: the pages of each conversation times the chance of its
-    next turn."""
+    """What of `resident` is expected to be needed soon: each conversation's pages times the chance of its next turn."""
     turns: int = 0
     """Turns whose home it is now, those that are prefilled elsewhere included."""
     queued_prefill_tokens: int = 0

@@ -74,9 +74,8 @@ def run(spec: WorkerSpec) -> int:
             reason = " ".join(broken.split())
             trace = traceback.format_exc()
         outboxes.send(spec.frontend, StartFailed(reason, trace))
-        failures.append(
-            error
-        )  # kept until the frontend has it: torch may abort the process when a broken device's tensors go
+        # Kept until the frontend has it: torch may abort the process when a broken device's tensors go.
+        failures.append(error)
     ranks.close()
     inbox.close()
     outboxes.close(linger_ms=1000 if failures else 200)

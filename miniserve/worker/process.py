@@ -120,8 +120,7 @@ class Worker:
         """Act on one message. Those of peers count only from the incarnation that lives now."""
         match envelope.body:
             case body if isinstance(body, messages.PeerMessage):  # first, since a `Prefill` is a `Run` too
-                peer = self.handoffs.peers.get(envelope.sender)
-                if peer is not None and peer.epoch == envelope.epoch:
+                if self.handoffs.peers.lives(envelope.sender, envelope.epoch):
                     self.handoffs.handle(envelope.sender, body)
                 elif self.handoffs.peers.is_early(envelope.sender, envelope.epoch):
                     self._early.append(envelope)  # this worker was announced to the peer before the peer to this one

@@ -53,12 +53,12 @@ class Sender:
 
     def release_the_dead(self) -> None:
         for turn, lease in list(self.leases.items()):
-            if not self.peers.lives(lease.destination):
-                self._end(turn)
+            if not self.peers.lives(lease.destination.name, lease.destination.epoch):
+                self.on_release(turn)
 
     def on_prefill(self, message: Prefill, destination: str) -> None:
         """Queue a prefill for another worker, or refuse what can never fit."""
-        peer = self.peers[destination]
+        peer = self.peers.living[destination]
         size = self.engine.page_tokens
         pages = -(-len(message.tokens) // size)
         if not 0 < len(message.tokens) < self.engine.max_model_len or pages > self.engine.pool.num_pages:
@@ -100,7 +100,7 @@ class Sender:
             # As far as there is a snapshot.
             while count and not (state := snapshots.match(message.hashes[count - 1])):
                 count -= 1
-        lease = Lease(self.peers[destination], pages + state, message.first, 0.0)
+        lease = Lease(self.peers.living[destination], pages + state, message.first, 0.0)
         self.leases[message.turn] = lease
         for start in range(0, max(count, 1), PIECE):
             end = min(start + PIECE, count)
@@ -126,10 +126,6 @@ class Sender:
         self.send(peer.address, message)
         lease.published += len(pages)
 
-    def on_release(self, turn: str) -> None:
-        if turn in self.leases:
-            self._end(turn)
-
     def expire(self) -> None:
         """End the leases whose deadline has passed; assure the receivers of unfinished prefills that these go on."""
         now = self.clock()
@@ -141,11 +137,12 @@ class Sender:
                     self._offer(turn, lease, [], [], last=False)
             elif now > lease.deadline:
                 log.warning("turn %s: %s did not fetch its pages in time", turn, lease.destination.name)
-                self._end(turn)
+                self.on_release(turn)
 
-    def _end(self, turn: str) -> None:
-        """Give the pages back, and drop the work if it is not done."""
-        lease = self.leases.pop(turn)
+    def on_release(self, turn: str) -> None:
+        """The handoff is over, if there is one: give the pages back, and drop the work if it is not done."""
+        if (lease := self.leases.pop(turn, None)) is None:
+            return
         if lease.unfinished is not None:
             self.abort_fetch(turn)
             self.engine.abort(turn)

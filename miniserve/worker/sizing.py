@@ -33,8 +33,7 @@ CPU_SNAPSHOTS = 32
 CPU_BATCHED_TOKENS = 512
 CUDA_BATCHED_TOKENS = 8192
 CUDA_RUNTIME_BYTES = 1200 * 2**20
-"""What a process takes on a GPU beside weights, KV and the activations of a step: CUDA's context, graphs, workspaces. A
-guess (docs/gpu.md)."""
+"""Of CUDA's context, graphs and workspaces on a GPU: a guess (docs/gpu.md)."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,7 @@ class Choices:
 
 
 def check_quantization(asked: str | None, method: str) -> None:
-    """Raises `ConfigError` where --quantization asks for something else than the files are, or may become. `method` is
-    that of the files."""
+    """Raises `ConfigError` where --quantization asks for what files of this `method` are not, and may not become."""
     if method and asked not in (None, method):
         raise ConfigError(problem("worker.quantized_already", method=method, asked=asked))
     if not method and asked is not None and asked not in QUANTIZATIONS:
@@ -107,8 +105,7 @@ def check_quantization(asked: str | None, method: str) -> None:
 
 
 def choose_device(name: str, rank: int = 0) -> torch.device:
-    """`auto` is CUDA where there is one; the `rank` of a worker has the GPU so many after the named one. Raises
-    `ConfigError`."""
+    """`auto` is CUDA, if any; a `rank` has the GPU so many after the named one. Raises `ConfigError`."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
