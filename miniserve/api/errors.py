@@ -34,10 +34,8 @@ def is_anthropic(scope: Mapping[str, Any]) -> bool:
 
 
 class ApiError(HTTPException):
-    """An answer other than 200. `message` is for the person who wrote the request; `param` names the field at fault.
-
-    It is an HTTPException so that FastAPI lets it through when a middleware's `receive` raises it.
-    """
+    """An answer other than 200. `message` is for the person who wrote the request; `param` names the field at fault. It
+    is an HTTPException so that FastAPI lets it through when a middleware's `receive` raises it."""
 
     def __init__(
         self,

@@ -106,11 +106,9 @@ def given(output: TurnOutput) -> FirstToken | Tokens | Ended:
 
 
 class Generation(AbstractAsyncContextManager):
-    """All choices of a request. Use it as an async context: leaving it ends the turns that still run.
-
-    Each prompt has `n` choices, in order. The first choice of a prompt starts at once, and the others with its first
-    token, when they find the prompt in the prefix cache.
-    """
+    """All choices of a request. Use it as an async context: leaving it ends the turns that still run. Each prompt has
+    `n` choices, in order. The first choice of a prompt starts at once, and the others with its first token, when they
+    find the prompt in the prefix cache."""
 
     def __init__(
         self,

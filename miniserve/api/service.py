@@ -176,10 +176,8 @@ class Service:
     def _fitted(
         self, prompt: list[int], params: SamplingParams, default_limit: int | None, field: str
     ) -> SamplingParams:
-        """`params` with a `max_tokens` that fits into the context after `prompt`, the field `field` of a request.
-
-        A client that sets none gets `default_limit`, or all the room there is. Raises `ApiError`, `ParameterError`.
-        """
+        """`params` with a `max_tokens` that fits into the context after `prompt`, the field `field` of a request. A
+        client that sets none gets `default_limit`, or all the room there is. Raises `ApiError`, `ParameterError`."""
         if not prompt:
             raise ApiError(400, f"`{field}` holds no tokens: send at least one.", param=field)
         self._check_vocabulary(prompt, field)

@@ -79,10 +79,8 @@ class Conserve(Prefilling):
 class Ampd(Prefilling):
     """AMPD's rule (arXiv 2602.14516): the first turn goes to a prefiller. A later one goes wherever its first token is
     expected earlier: at home, `T_local = Q_d + T_pre(hist, new)`, or at a prefiller, `T_remote = Q_p + T_kv(hist, d->p)
-    + T_pre(hist, new) + T_kv(new, p->d)`. AMPD takes T from an offline profile, we from what was measured.
-
-    `mispredict` is the share of later turns, drawn by a hash, where the decision is turned around.
-    """
+    + T_pre(hist, new) + T_kv(new, p->d)`. AMPD takes T from an offline profile, we from what was measured. `mispredict`
+    is the share of later turns, drawn by a hash, where the decision is turned around."""
 
     def __init__(self, mispredict: float = 0.0) -> None:
         self._mispredict = mispredict

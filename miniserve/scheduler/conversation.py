@@ -224,10 +224,8 @@ class Forecast:
 
     def outlook(self, history: History, turn: int) -> tuple[float, float]:
         """After turn number `turn`: the gap to expect in seconds (the conversation's own median, else that of all), and
-        the chance that another turn comes at all (the share of such turns that were followed by one).
-
-        The chance begins at 2/3: agents' conversations go on, and those that are idle now may still do.
-        """
+        the chance that another turn comes at all (the share of such turns that were followed by one). The chance begins
+        at 2/3: agents' conversations go on, and those that are idle now may still do."""
         own = history.quantile("gap", 0.5)
         gap = quantile(self._gaps, 0.5, 0.0) if own is None else own
         n = min(turn, TURNS)

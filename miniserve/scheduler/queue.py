@@ -173,11 +173,9 @@ class WaitingQueue:
             self.append(waiting[1], now, first=True)
 
     def serve(self, place: Place, workers: Set[str], now: float) -> None:
-        """Place the turns that can be placed. Then no worker counts as changed any more.
-
-        `place(turn, open_workers)` places a turn on open ones of the `workers`, or returns False if it has to wait; if
-        it raises, no turn is lost.
-        """
+        """Place the turns that can be placed. Then no worker counts as changed any more. `place(turn, open_workers)`
+        places a turn on open ones of the `workers`, or returns False if it has to wait; if it raises, no turn is
+        lost."""
         while everyone := self.line(Group.ANYWHERE):
             number, _ = first = everyone[0]
             if number not in self._refused:

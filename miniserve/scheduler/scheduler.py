@@ -209,10 +209,7 @@ class Scheduler(Placer):
         said: Said = UNSAID,
     ) -> list[Command]:
         """Accept a turn: place it, or queue it. `conversation` is a key, or "" for none; `said` is what else the client
-        says of it.
-
-        Raises `NoDecoder`, and then changes nothing.
-        """
+        says of it. Raises `NoDecoder`, and then changes nothing."""
         if not self.can_serve:
             raise NoDecoder("No decoder is alive.")
         prompt = token_bytes(tokens)

@@ -77,7 +77,9 @@ class Tokenizer:
         """The exact bytes a token stands for, special ones included; empty for ids the tokenizer does not know."""
         self._guarded = GuardedEncoder(backend, control, self.special_ids)
         special = read_object(folder / "special_tokens_map.json") | settings
-        texts = {name: text for name, value in special.items() if (text := _token_text(value)) and "_token" in name}
+        # Each is its text, or an object around it.
+        said = {name: value.get("content") if isinstance(value, dict) else value for name, value in special.items()}
+        texts = {name: text for name, text in said.items() if "_token" in name and text and isinstance(text, str)}
         templates = find_templates(folder, settings, chat_template)
         self._templates = ChatTemplates(templates, texts)
         self.template_text = "\n".join(templates.values())
@@ -162,12 +164,6 @@ class Tokenizer:
         if not hidden.texts:
             return self.encode(text, add_special_tokens=False)
         return self._guarded.encode(hidden.split(text))
-
-
-def _token_text(value: Any) -> str | None:
-    """A special token in tokenizer_config.json is its text or an object around it."""
-    text = value.get("content") if isinstance(value, dict) else value
-    return text if isinstance(text, str) else None
 
 
 def _end_tokens(folder: Path, config: dict[str, Any], texts: dict[str, str], backend: tokenizers.Tokenizer) -> set[int]:

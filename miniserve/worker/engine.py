@@ -179,10 +179,8 @@ class Engine:
 
     def admit(self) -> list[Sequence]:
         """Give pages to waiting sequences in their order, as many as fit. One that waits for its grammar, for pages
-        from disk, or for a page that is just being computed, lets the others pass.
-
-        Returns those whose KV comes from another worker: all their pages are reserved now.
-        """
+        from disk, or for a page that is just being computed, lets the others pass. Returns those whose KV comes from
+        another worker: all their pages are reserved now."""
         if self.disk is not None:
             self.disk.poll(self.clock())
         passed: list[Sequence] = []

@@ -41,10 +41,8 @@ class MessageSink(Protocol):
 @dataclass(eq=False)
 class Worker:
     """Drives one engine by messages: `work` is a round of its loop. Replies go to `frontend`, handoffs to peers.
-
     `ranks` are the worker's further processes. `clock` is the host's monotonic clock, in seconds; the simulator has one
-    of its own, and no process.
-    """
+    of its own, and no process."""
 
     name: str
     engine: Engine

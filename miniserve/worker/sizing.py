@@ -72,7 +72,11 @@ class Choices:
         overlap = on_gpu if config.async_scheduling is None else config.async_scheduling
         # A recurrent state that has taken in a wrong draft could not be put back.
         drafts = (not on_gpu if config.prompt_lookup is None else config.prompt_lookup) and state is None
-        max_model_len = choose_max_model_len(config.max_model_len, model)
+        max_model_len = model.max_len if config.max_model_len is None else config.max_model_len
+        if max_model_len > model.max_len:
+            raise ConfigError(problem("worker.long_context", asked=max_model_len, most=model.max_len))
+        if max_model_len < 2:
+            raise ConfigError("--max-model-len must be at least 2.")
         slot = state.pages(shape.bytes) * shape.bytes if state else 0
         sequences = choose_sequences(config, slot, device)
         given = files, shard, device, dtype, max_model_len, shape, state, sequences, budget
@@ -134,17 +138,6 @@ def choose_dtype(name: str, model: ModelConfig, device: torch.device) -> torch.d
     return DTYPES[{"half": "float16", "float": "float32"}.get(name, name)]
 
 
-def choose_max_model_len(asked: int | None, model: ModelConfig) -> int:
-    """Tokens of prompt and output together. Raises `ConfigError` past what the model was made for."""
-    if asked is None:
-        return model.max_len
-    if asked > model.max_len:
-        raise ConfigError(f"--max-model-len {asked} is more than the {model.max_len} tokens this model was made for.")
-    if asked < 2:
-        raise ConfigError("--max-model-len must be at least 2.")
-    return asked
-
-
 def choose_sequences(config: EngineConfig, slot: int, device: torch.device) -> int:
     """Sequences that run at once: no more than there are slots for a recurrent state, of so many bytes each, in an
     eighth of the memory; 0 bytes: the model has no such state."""
@@ -175,11 +168,9 @@ def prepare_cpu(config: EngineConfig) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc's malloc to reuse large blocks instead of giving them back to the kernel.
-
-    Activations are megabytes, freed and taken again thousands of times a second; by default each time costs a mmap
-    and its page faults. Measured on 2 cores of an EPYC: linears of a 512-token prefill, 457 -> 308 ms.
-    """
+    """Tell glibc's malloc to reuse large blocks instead of giving them back to the kernel. Activations are megabytes,
+    freed and taken again thousands of times a second; by default each time costs a mmap and its page faults. Measured
+    on 2 cores of an EPYC: linears of a 512-token prefill, 457 -> 308 ms."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):

@@ -73,11 +73,8 @@ class Snapshots:
         """The pages of the snapshot after what `digest` stands for, with a reference more; none if it is not whole."""
         if snapshot_names(digest, 1)[0] not in self.pool:
             return []
-        pages = self.pool.match(snapshot_names(digest, self.slots.pages))
-        if len(pages) < self.slots.pages:
-            self.pool.release(pages, Keep(), 0.0)
-            return []
-        return pages
+        names = snapshot_names(digest, self.slots.pages)
+        return self.pool.match(names) if all(name in self.pool for name in names) else []
 
     def awaits(self, sequence: Sequence, found: int, other: Sequence) -> bool:
         """Whether `other`, which is prefilled here, will leave a snapshot that takes `sequence` further than the
@@ -101,8 +98,8 @@ class Snapshots:
         return self.slots.pages if moves and self.handed(sequence) else 0
 
     def begin(self, sequence: Sequence, pages: list[int], slots: list[int], known: int, now: float) -> None:
-        """Give an admitted sequence a slot with the state after its computed tokens: that in `pages` and `slots` of host
-        memory, if there are any. `known` tokens of the prompt were found in pages."""
+        """Give an admitted sequence a slot with the state after its computed tokens, that in `pages` and in `slots` of
+        host memory if there is any. `known` tokens of the prompt were found in pages."""
         sequence.slot = self._free.pop()
         if self.host is not None and slots:
             back, sequence.arriving = sequence.arriving[: len(slots)], sequence.arriving[len(slots) :]

@@ -106,10 +106,8 @@ class ChatWriter(ChunkWriter):
         return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def beside(self, choice: Choice) -> Mapping[str, Any]:
-        more: dict[str, Any] = {"prompt_token_ids": choice.prompt} if self.token_ids else {}
-        if self.prompt_logprobs is not None:
-            more["prompt_logprobs"] = prompt_logprobs(self._tokenizer, choice, self.prompt_logprobs)
-        return more
+        more = {"prompt_token_ids": choice.prompt} if self.request.return_token_ids else {}
+        return more | prompt_logprobs(self.tokenizer, choice, self.request.prompt_logprobs)
 
     def shown(
         self, choice: Choice, parts: list[Part], logprobs: list[TokenLogprob], *, chunk: bool, ended: bool
@@ -118,10 +116,10 @@ class ChatWriter(ChunkWriter):
         return {
             "index": choice.index,
             **({"delta": _delta(*parts)} if chunk else {"message": _message(parts)}),
-            "logprobs": chat_logprobs(self._tokenizer, logprobs) if scored else None,
+            "logprobs": chat_logprobs(self.tokenizer, logprobs) if scored else None,
             "finish_reason": choice.finish if ended else None,
             **({"stop_reason": choice.stop_reason} if ended else {}),
-            **({"token_ids": choice.take_tokens()} if self.token_ids else {}),
+            **({"token_ids": choice.take_tokens()} if self.request.return_token_ids else {}),
         }
 
 
