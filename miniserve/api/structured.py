@@ -1,5 +1,4 @@
-"""Structured output: what a request says of the form of its output becomes a grammar, compiled once to check it, in a
-few threads that let the event loop run."""
+"""Structured output: a request's format becomes a grammar, compiled once to check it, in threads of their own."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor

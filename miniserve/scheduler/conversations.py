@@ -13,8 +13,7 @@ from miniserve.scheduler.conversation import TURNS, UNSAID, Change, Conversation
 from miniserve.scheduler.prompts import KEPT_BYTES, FirstPages, LastPrompts, PromptIndex, common_run
 
 SLACK = 4
-"""Tokens that a prompt may lack at its end and still be the beginning of the next one: templates open an answer in
-another way than they show a given one."""
+"""Tokens that the next prompt may lack of one's end: templates open an answer otherwise than they show a given one."""
 NEEDLE = 16
 """Tokens by which the end of a prompt or an answer is found again behind a change: fewer are mostly the template's."""
 MOST_MEMBERS = 16

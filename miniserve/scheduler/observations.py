@@ -20,8 +20,7 @@ REFIT = 64
 FADE = 500
 """Measurements in other cells after which a cell that got none counts half: it still holds what only it has seen."""
 GUESS_TOKEN, GUESS_STEP = 1e-3, 20e-3
-"""Seconds of a prompt's token and of a decode step before anything was measured. Any numbers will do: they are the same
-for all workers, and gone with the first steps."""
+"""Seconds of a prompt's token and of a decode step before anything was measured. Any will do: they are gone soon."""
 
 
 @dataclass

@@ -45,8 +45,7 @@ class Placer:
         return {f"{a}->{b}" if a != b else a: n for (a, b), n in sorted(self.placements.items())}
 
     def _place_queued(self, now: float, everywhere: bool = False) -> list[Command]:
-        """Place turns that wait on workers that have changed, or `everywhere`: with time more becomes possible. Gives
-        out all commands."""
+        """Place turns that wait on changed workers, or `everywhere`: time makes more possible. Gives out commands."""
         if everywhere:
             self.cluster.changed.update(self.cluster.workers)
         if self._queue:
@@ -121,8 +120,7 @@ class Placer:
         return Need(conversation, len(turn.tokens), turn.output, turn.pages, known, now, now - turn.arrived)
 
     def _reusable(self, turn: Turn, known: int) -> int:
-        """Of so many tokens that the turn's conversation has seen, those that a worker need not compute: where the
-        model has a recurrent state, up to the last snapshot."""
+        """How many of the `known` tokens a worker need not compute: with recurrent state, up to the last snapshot."""
         if not self.cluster.snapshot_pages:
             return known
         size = self.cluster.page_tokens

@@ -172,8 +172,7 @@ class PrefixIndex:
 
 
 class Known(dict[str, int]):
-    """Tokens of a prompt that each worker probably holds: those of the conversation itself, and what `PrefixIndex` has
-    `found`, which is looked up for a worker that is asked for."""
+    """Tokens of a prompt that each worker probably holds: set, or by what `PrefixIndex` has `found`, when asked for."""
 
     def __init__(self, found: list[tuple[int, Set[str]]], page_tokens: int) -> None:
         self._found = found

@@ -24,8 +24,7 @@ from miniserve.text.schemas import held
 from miniserve.text.tokenizer import Tokenizer
 
 WHITESPACE = "( |\\r?\\n[ \\t]{0,32})"
-"""Between the parts of JSON: one space, or a new line and its indentation. Nothing else in a grammar would stop a small
-model from filling its whole answer with blanks."""
+"""Between parts of JSON: a space, or a new line with indentation. A small model might fill its answer with blanks."""
 TABLES = tables("text/grammar.toml")
 BOUNDS: dict[str, int] = TABLES["bounds"]
 _LIMITS = LLParserLimits(**TABLES["limits"], verbose_errors=False)

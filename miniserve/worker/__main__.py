@@ -20,8 +20,7 @@ from miniserve.worker.ranks import Ranks, follow
 
 _born = time.monotonic()
 SWEEPS = 20
-"""How often a worker tries to delete the run's directory: of a frontend that was killed the kernel may close our pipe
-before it lets go of the lock."""
+"""How often a worker tries to delete the run's directory: a killed frontend's lock may outlive its pipe a little."""
 
 
 def main() -> int:

@@ -153,8 +153,7 @@ class Engine:
             self.snapshots.leave(sequence)
 
     def unpublish(self, sequence: Sequence) -> None:
-        """It is over, and the pages become ordinary prefix cache: another worker that they were published for has them,
-        or does not want them."""
+        """It is over, and the pages become ordinary prefix cache: the other worker has them, or does not want them."""
         sequence.move(State.FINISHED)
         self._give_back(sequence, sequence.keep)
 

@@ -72,8 +72,7 @@ class Worker:
 
     @property
     def rest(self) -> float:
-        """How long the next round may wait for messages, in seconds. After a step what waited may have room: only a
-        round that computed nothing is followed by a rest."""
+        """How long the next round may wait for messages, in seconds: not after a step, which may have made room."""
         if not self._idle:
             return 0.0
         soon = self.handoffs.receiver.copying or self.engine.expecting

@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import re
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -112,12 +113,9 @@ def choose_device(name: str, rank: int = 0) -> torch.device:
     """`auto` is CUDA, if any; a `rank` has the GPU so many after the named one. Raises `ConfigError`."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"--device {name!r} is unknown: use auto, cpu or cuda.") from error
-    if device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"(cpu|cuda)(:\d\d?)?", name):
         raise ConfigError(f"--device {name!r} is not supported: use auto, cpu or cuda.")
+    device = torch.device(name)
     if device.type == "cpu":
         return device
     if not torch.cuda.is_available():
@@ -205,24 +203,16 @@ def size_pool(config: EngineConfig, choices: Choices, weights: int, activations:
     state, snapshot = choices.state_bytes, choices.snapshot
     if config.kv_cache_memory is not None:
         size, how = config.kv_cache_memory, "--kv-cache-memory"
-    elif device.type == "cuda" and config.sharing > 1:
-        # What is free now says little: the other workers load at the same time.
-        free, total = torch.cuda.mem_get_info(device)
-        share = int(config.gpu_memory_utilization * total / config.sharing)
-        used = torch.cuda.memory_reserved(device) + activations + state + CUDA_RUNTIME_BYTES
-        size = min(share - used, free)
-        how = (
-            f"{config.gpu_memory_utilization:.0%} of {format_bytes(total)} / {config.sharing} workers on {device}, "
-            f"less {format_bytes(used, up=True)} for weights, a step and runtime"
-        )
     elif device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        size = int(free - (1 - config.gpu_memory_utilization) * total) - activations - state
-        how = (
-            f"{config.gpu_memory_utilization:.0%} of {format_bytes(total)}, less what is in use and "
-            f"{format_bytes(activations, up=True)} for a step"
-            + (f" and {format_bytes(state, up=True)} for recurrent state" if state else "")
-        )
+        shared = config.sharing > 1
+        # Of a GPU that workers share, what is free now says little: the others load at the same time.
+        used = torch.cuda.memory_reserved(device) + CUDA_RUNTIME_BYTES if shared else total - free
+        used += activations + state
+        size = min(int(config.gpu_memory_utilization * total / config.sharing) - used, free)
+        rest = f"a step of {format_bytes(activations, up=True)}{', recurrent state' if state else ''} and runtime"
+        of = f"{format_bytes(total)} / {config.sharing} workers on {device}" if shared else format_bytes(total)
+        how = f"{config.gpu_memory_utilization:.0%} of {of}, less {format_bytes(used, up=True)} for weights, {rest}"
     else:
         available, swap = memory_available(), config.swap_space
         parts = {"weights": weights, "runtime": CPU_RUNTIME_BYTES, "swap space": swap, "recurrent state": state}

@@ -123,8 +123,7 @@ def chat_logprobs(tokenizer: Tokenizer, entries: list[TokenLogprob]) -> dict[str
 
 
 def prompt_logprobs(tokenizer: Tokenizer, choice: Choice, count: int | None) -> dict[str, Any]:
-    """Those of a prompt as vLLM has them: by token id, with `count` likely ones. The first token has none. Without a
-    `count` there are none at all."""
+    """Those of a prompt as vLLM has them, by token id, with `count` likely ones; the first token has none."""
     if count is None:
         return {}
     found: list[dict[str, Any] | None] = [None]
