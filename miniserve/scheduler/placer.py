@@ -32,12 +32,9 @@ class Placer:
         self._forecast = Forecast()
         self._ledger = Ledger(self.cluster, self._forecast)
         self._queue = WaitingQueue(self._has_patience, self._fits, self._elsewhere, self.cluster.changed)
-        self._commands: list[Command] = []
-        """What is to be done, until a method gives it out."""
-        self._tried: Turn | None = None
-        """The suspected turn that was begun last."""
-        self._closed: set[str] = set()
-        """Workers that are kept for a suspected turn."""
+        self._commands: list[Command] = []  # what is to be done, until a method gives it out
+        self._tried: Turn | None = None  # the suspected turn that was begun last
+        self._closed: set[str] = set()  # workers that are kept for a suspected turn
 
     @property
     def placed(self) -> dict[str, int]:

@@ -67,11 +67,9 @@ class Scheduler(Placer):
         self.reuse: dict[str, Reuse] = {}
         """By the name of a client; those above `MOST_CLIENTS` are ""."""
         self._max_turns, self._max_queued = max_turns, max_queued
-        self._speed = Speed()
-        """Of all workers together."""
+        self._speed = Speed()  # of all workers together
         self._ends: deque[float] = deque(maxlen=RECENT_ENDS)
-        self._returning: set[str] = set()
-        """Decoders that are being started again."""
+        self._returning: set[str] = set()  # decoders that are being started again
         self._moves: dict[str, tuple[str, str]] = {}
         """Conversations on their way from a worker that is to go: from where, and to where."""
         self._moved = 0

@@ -143,11 +143,9 @@ class Cluster:
         self.prefixes = PrefixIndex()
         self.changed: set[str] = set()
         """Workers whose KV was reserved or given back since the queue was served last."""
-        self._kinds = {True: Link(), False: Link()}
-        """All links within hosts, all between hosts."""
+        self._kinds = {True: Link(), False: Link()}  # all links within hosts, all between hosts
         self._rankings: dict[int, Ranking] = {}
-        self._shortest: list[WorkerView] = []
-        """Prefillers with the shortest queues; empty when that may have changed."""
+        self._shortest: list[WorkerView] = []  # prefillers with the shortest queues; empty when that may have changed
 
     def join(self, worker: WorkerView) -> None:
         self.leave(worker.name)

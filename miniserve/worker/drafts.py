@@ -17,8 +17,7 @@ class Drafter:
 
     def __init__(self, rows: int) -> None:
         self._first, self._most = max(rows // 2 - 1, 1), max(rows - 1, 1)
-        self._after: dict[tuple[int, ...], int] = {}
-        """Where the token after each n-gram is, the last time that it came."""
+        self._after: dict[tuple[int, ...], int] = {}  # where the token after each n-gram is, the last time that it came
         self._indexed = NGRAM
         self._length = self._first
         self._pause = 0

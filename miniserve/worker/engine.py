@@ -71,8 +71,7 @@ class Engine:
         self._refused: list[tuple[Sequence, str]] = []
         """Sequences whose grammar cannot be followed, since the last step, and why."""
         self._in_flight: InFlight | None = None
-        self._ended = 0.0
-        """When the last step ended."""
+        self._ended = 0.0  # when the last step ended
         watermark = max(1, self.pool.num_pages // 100)
         self._admissions = Admissions(self.pool, self.host, self.disk, self.snapshots, self.page_tokens, watermark)
         self._batching = Batching(

@@ -58,10 +58,8 @@ class Worker:
 
     def __post_init__(self) -> None:
         self.stopping = False
-        self._early: list[messages.Envelope] = []
-        """Messages of peers that have not been announced yet."""
-        self._addresses: set[str] = set()
-        """The inboxes of the workers that live."""
+        self._early: list[messages.Envelope] = []  # messages of peers that have not been announced yet
+        self._addresses: set[str] = set()  # the inboxes of the workers that live
         self._outputs: list[messages.TurnOutput] = []
         self._moves: list[messages.Move] = []
         self._stopped: list[str] = []
