@@ -1,5 +1,4 @@
-"""Errors as clients get them, whatever went wrong: `{"error": {"message", "type", "param", "code"}}` as in the OpenAI
-API, or on routes of the Anthropic API in that API's shape."""
+"""Errors as clients of each API get them: `{"error": {"message", "type", "param", "code"}}` in OpenAI's."""
 
 import math
 import re

@@ -268,8 +268,7 @@ class ResponseWriter(Protocol):
         """The whole answer as a JSON object, when all choices have ended."""
 
     def stream(self, generation: Generation) -> AsyncIterator[bytes]:
-        """All server-sent events of the answer; events that can be sent together come as one piece. Raises the
-        exception that a choice failed with."""
+        """All server-sent events, those to be sent together as one piece. Raises what a choice failed with."""
 
     def error_events(self, error: ApiError) -> bytes:
         """The events that end a stream that has failed."""

@@ -36,8 +36,7 @@ Near = list[tuple[int, Conversation]]
 
 
 class Match(NamedTuple):
-    """A conversation that a prompt may be of, what it is to that, how many of its tokens that has seen; and how many it
-    shares with the last prompts of others."""
+    """A conversation that a prompt may be of, its relation, its known tokens; and what other last prompts share."""
 
     conversation: Conversation | None
     relation: Relation

@@ -168,8 +168,7 @@ class Placer:
         return Send(home.name, run)
 
     def _keep(self, conversation: Conversation, tokens: int, home: WorkerView, turns: int) -> Keep:
-        """How soon the home will need this conversation's pages again after so many turns, for when it runs out of
-        pages between turns."""
+        """How soon the home will need these pages after so many turns, for when it runs out of pages between turns."""
         gap, chance = self._forecast.outlook(conversation.history, turns)
         page = self.cluster.page_tokens
         seconds = home.speed.prefill(page, max(tokens - page, 0))

@@ -125,8 +125,7 @@ class Ranking:
 
 
 class Cluster:
-    """All that a policy may look at beside the turn. `open` names the workers that may take this turn: the others are
-    claimed by turns that wait before it."""
+    """All that a policy may look at beside the turn. Workers that are not `open` are claimed by turns before it."""
 
     def __init__(self, page_tokens: int) -> None:
         self.page_tokens = page_tokens
@@ -219,8 +218,7 @@ class Cluster:
         return link
 
     def copy_seconds(self, source: WorkerView, destination: WorkerView, tokens: int) -> float:
-        """How long the KV of `tokens` takes between two workers, by the bandwidth that was measured on this link, else
-        on links of its kind, else on any; 0 if none was."""
+        """Seconds to copy KV of `tokens`, as measured on this link, else on its kind, else on any; 0 if on none."""
         if tokens <= 0:
             return 0.0
         bandwidth = self._link(source, destination).bandwidth

@@ -26,8 +26,7 @@ log = logging.getLogger("miniserve.text")
 
 
 def byte_alphabet() -> dict[int, str]:
-    """Byte -> the printable character that stands for it in byte-level vocabularies: in printable Latin-1 itself, for
-    the others those from U+0100 on, in order."""
+    """Byte -> what stands for it in byte-level vocabularies: in printable Latin-1 itself, else from U+0100 on."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = (b for b in range(256) if b not in set(plain))
     return {b: chr(b) for b in plain} | {b: chr(0x100 + i) for i, b in enumerate(others)}

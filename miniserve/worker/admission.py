@@ -26,8 +26,7 @@ class Admissions:
     watermark: int
 
     def try_admit(self, sequence: Sequence, running: list[Sequence], counters: Counters, now: float) -> Admission:
-        """Give a waiting sequence all pages of its tokens, if it may have them now; it moves to the state in which its
-        prompt is computed, here or elsewhere."""
+        """Give a waiting sequence all pages of its tokens, if it may have them now, and move it to its next state."""
         if self.disk is not None:
             load = sequence.load
             if load is None or (load.turn != sequence.turn and load.whole):

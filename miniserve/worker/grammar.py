@@ -31,8 +31,7 @@ class Matcher:
 
 
 class Grammars:
-    """Compiles for one worker. `make` is called once, beside the caller: it may raise `ParameterError`, which then is
-    the fate of every grammar."""
+    """Compiles for one worker. `make` is called once, in a thread; its `ParameterError` fails all grammars."""
 
     def __init__(self, make: Callable[[], Compiler]) -> None:
         self._pool = ThreadPoolExecutor(THREADS, "grammar")

@@ -18,8 +18,7 @@ log = logging.getLogger("miniserve.handoff")
 
 @dataclass
 class Pull:
-    """A handoff under way: `sequence` is filled from `source`, at most until `deadline`. The pages of its first
-    `reached` tokens are there, or `arriving`."""
+    """A handoff from `source`, until `deadline`: pages of the first `reached` tokens are here, or `arriving`."""
 
     sequence: Sequence
     source: Peer

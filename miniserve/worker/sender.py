@@ -38,8 +38,7 @@ class Lease:
 
 @dataclass(eq=False)
 class Sender:
-    """The handoffs in which this worker gives KV. `abort_fetch` ends what a turn may be fetching itself; the other
-    arguments are those of `Handoffs`."""
+    """The handoffs in which this worker gives KV; `abort_fetch` ends what a turn fetches. See `Handoffs`."""
 
     engine: Engine
     peers: PeerTable

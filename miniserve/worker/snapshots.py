@@ -187,8 +187,7 @@ class Snapshots:
         self.register(sequence, now)
 
     def end(self, sequence: Sequence, keep: Keep, now: float) -> None:
-        """The sequence is over here, or preempted: its snapshots take the place of those that its conversation left
-        before, and its slot is free."""
+        """The sequence is over here, or preempted: its snapshots replace earlier ones of its conversation."""
         for snapshot in sequence.snapshots:
             if snapshot.rolls and snapshot.tokens <= sequence.computed:
                 self._name(sequence, snapshot)

@@ -91,8 +91,7 @@ class ChunkWriter(ABC):
 
 
 def usage(choices: Sequence[Choice], opening: bool = False) -> dict[str, Any]:
-    """What one or all choices of a request have used so far; an `opening` has no output yet. A prompt counts once,
-    however many choices it has."""
+    """What choices of a request have used so far, an `opening` no output yet. They share prompts, which count once."""
     prompts = choices[:: choices[0].params.n]
     prompt_tokens = sum(len(choice.prompt) for choice in prompts)
     output_tokens = 0 if opening else sum(choice.output_tokens for choice in choices)
