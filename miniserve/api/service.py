@@ -99,18 +99,12 @@ class Service:
         if not named and conversation:
             said = msgspec.structs.replace(said, sure=True)
         prompts = await self._prepare(asked, body, renderer)
-        id, conversation = writer.head.id, named or conversation
+        id, conversation, salt = writer.head.id, named or conversation, body.cache_salt or ""
 
         def submit(prompt: list[int], params: SamplingParams, index: int) -> TurnStream:
-            return self.client.submit(
-                prompt,
-                params,
-                # Choices share a prompt: they belong where its KV is.
-                conversation=conversation or (f"{id}-{index // params.n}" if params.n > 1 else ""),
-                salt=body.cache_salt or "",
-                request_id=f"{id}-{index}",
-                said=said,
-            )
+            # Choices share a prompt: they belong where its KV is.
+            of = conversation or (f"{id}-{index // params.n}" if params.n > 1 else "")
+            return self.client.submit(prompt, params, conversation=of, salt=salt, request_id=f"{id}-{index}", said=said)
 
         def begun(choice: Choice) -> None:
             if choice.turn is not None and choice.turn.change is not None:

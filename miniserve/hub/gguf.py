@@ -189,13 +189,12 @@ def _tokenizer(file: Path, meta: dict[str, Any]) -> str:
     if kind != "gpt2" or split is None:
         raise ValueError(problem("hub.tokenizer", kind=kind, pre=pre))
     types, regex, whole = meta["tokenizer.ggml.token_type"], split["regex"], split.get("whole", False)
-    before: list[Any] = [Digits(individual_digits=True)] if "digits" in split else []
+    digits: list[Any] = [Digits(individual_digits=True)] if "digits" in split else []
+    before = [Split(Regex(regex), "isolated")] if regex else digits
+    merges = (tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"])
+    special = (token for token, type in zip(tokens, types, strict=True) if type == CONTROL)
     made = byte_level_bpe(
-        {token: i for i, token in enumerate(tokens)},
-        (tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]),
-        (token for token, type in zip(tokens, types, strict=True) if type == CONTROL),
-        use_regex=not regex,
-        before=[Split(Regex(regex), "isolated")] if regex else before,
+        {token: i for i, token in enumerate(tokens)}, merges, special, use_regex=not regex, before=before
     )
     others = (token for token, type in zip(tokens, types, strict=True) if type == USER_DEFINED)
     made.add_tokens([AddedToken(token, normalized=False) for token in others])

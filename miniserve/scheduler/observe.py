@@ -154,31 +154,21 @@ class Observe(Policy):
         if old is not None and old is not home and need.known[old.name] > known:
             history_at, fetch = old.name, cluster.copy_seconds(old, home, need.known[old.name] - known)
             known = need.known[old.name]
-        new = max(need.tokens - known, 1)
-        local = Option(
-            home.name,
-            history_at=history_at,
-            queue=home.queue_seconds,
-            prefill=home.speed.prefill(new, known),
-            transfer=fetch,
-            decode=decode,
-            harm=beside + self._streams(home) * home.speed.held_up(new, known),
-        )
-        options = [local]
+        new, streams = max(need.tokens - known, 1), self._streams(home)
+
+        def at(worker: WorkerView, new: int, known: int, transfer: float, back: float = 0.0) -> Option:
+            """A prefill of `new` tokens behind the `known` ones there, and the decode at home."""
+            ways = ("", history_at) if worker is home else (worker.name, "")
+            harm = beside + self._streams(worker) * worker.speed.held_up(new, known) + streams * back
+            costs = worker.queue_seconds, worker.speed.prefill(new, known), transfer, decode, harm
+            return Option(home.name, *ways, *costs)
+
+        options = [at(home, new, known, fetch)]
         # Two that prefill for each other might wait for each other's pages.
         remote = remote and home.role is not Role.PREFILLER
         for p in cluster.prefillers_for(home, need.known) if remote else ():
             new, known, history, back = away(need, cluster, home, p)
-            other = Option(
-                home.name,
-                p.name,
-                queue=p.queue_seconds,
-                prefill=p.speed.prefill(new, known),
-                transfer=history + cluster.exposed_seconds(p, home),
-                decode=decode,
-                harm=beside + self._streams(p) * p.speed.held_up(new, known) + self._streams(home) * back,
-            )
-            options.append(other)
+            options.append(at(p, new, known, history + cluster.exposed_seconds(p, home), back))
         return options
 
     def _decode(self, tokens: int, output: int, home: WorkerView) -> tuple[float, float]:

@@ -147,19 +147,10 @@ class Placer:
         if not self.cluster.snapshot_pages:  # sub-agents come at once: the next one finds what this one computes
             self.cluster.prefixes.add(turn.chain, prefills.name)
         self.placements[prefills.name, home.name] += 1
-        run = Run(
-            turn.run,
-            turn.tokens,
-            turn.params,
-            turn.seed,
-            conversation.salt,
-            turn.delivered,
-            turn.prefill_at,
-            placement.share_history,
-            option.history_at or None,
-            self._keep(conversation, len(turn.tokens), home, turn.number),
-        )
-        self._commands.append(Send(home.name, run))
+        what = turn.run, turn.tokens, turn.params, turn.seed, conversation.salt, turn.delivered
+        where = turn.prefill_at, placement.share_history, option.history_at or None
+        keep = self._keep(conversation, len(turn.tokens), home, turn.number)
+        self._commands.append(Send(home.name, Run(*what, *where, keep)))
 
     def _bring(self, name: str, conversation: Conversation, tokens: list[int], source: str, home: WorkerView) -> Send:
         """The message by which a home gets the KV of an idle conversation from another worker, as the run `name`."""

@@ -220,22 +220,9 @@ class Scheduler(Placer):
         of.active, of.salt = of.active + 1, salt
         self._ledger.let_go(of)
         output = self._forecast.output(of.history, params.max_tokens, said.osl)
-        accepted = Turn(
-            id=turn,
-            tokens=list(tokens),
-            params=params,
-            seed=seed,
-            conversation=of,
-            chain=chain,
-            known=known,
-            change=change,
-            said=said,
-            arrived=now,
-            gap=gap,
-            output=output,
-            pages=self._ledger.pages(len(tokens) + output),
-        )
-        self.turns[turn] = accepted
+        pages = self._ledger.pages(len(tokens) + output)
+        asked = turn, list(tokens), params, seed
+        self.turns[turn] = accepted = Turn(*asked, of, chain, known, now, gap, output, pages, said, change)
         self._queue.append(accepted, now)
         return self._place_queued(now)
 

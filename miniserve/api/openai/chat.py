@@ -80,14 +80,9 @@ class ChatRenderer:
 
     def reader(self, prompt: list[int]) -> Reader | None:
         allowed = self._request.allowed_calls
-        return self._dialect.reader(
-            self._tokenizer,
-            allowed.callable,
-            single=allowed.single,
-            first=self._request.format_field is not None,
-            opened=self._reasoned(prompt) == "begun",
-            early=bool(self._request.stream),
-        )
+        opened, first = self._reasoned(prompt) == "begun", self._request.format_field is not None
+        how = {"single": allowed.single, "first": first, "opened": opened, "early": bool(self._request.stream)}
+        return self._dialect.reader(self._tokenizer, allowed.callable, **how)
 
     def _reasoned(self, prompt: list[int]) -> Reasoned:
         continued = None
