@@ -217,8 +217,7 @@ class Forecast:
         """Tokens a turn should be given room for: a high quantile of its own conversation's outputs, else what the
         client has `said`, else a quantile of all; never more than it may generate."""
         own = history.quantile("output", OUTPUT_QUANTILE)
-        if own is None:
-            own = said
+        own = said if own is None else own
         expected = quantile(self._outputs, OUTPUT_QUANTILE, RESERVED_OUTPUT) if own is None else own
         return max(1, min(int(expected), max_tokens or int(expected)))
 

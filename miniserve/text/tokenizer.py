@@ -104,8 +104,15 @@ class Tokenizer:
             except Exception as error:  # the library raises nothing more precise
                 read_object(path)
                 raise ParameterError("model", f"{path} cannot be read: {_line(error)}.") from error
-        else:
-            backend, settings = _from_transformers(folder, settings)
+        else:  # vocab.json and merges.txt, or tokenizer.model
+            from transformers import AutoTokenizer
+
+            try:
+                converted = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+                backend, settings = converted.backend_tokenizer, settings | converted.special_tokens_map
+            except Exception as error:  # whatever the conversion of an unknown format runs into
+                said = problem("text.no_tokenizer", folder=folder, reason=_line(error))
+                raise ParameterError("model", said) from error
         return cls(backend, folder, settings, chat_template)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -187,18 +194,6 @@ def _end_tokens(folder: Path, config: dict[str, Any], texts: dict[str, str], bac
 def _line(error: Exception) -> str:
     """What an error of another library says, in one line."""
     return " ".join(str(error).split())[:300].rstrip(".")
-
-
-def _from_transformers(folder: Path, settings: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """For folders without tokenizer.json (vocab.json and merges.txt, tokenizer.model): transformers converts them."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        backend = tokenizer.backend_tokenizer
-    except Exception as error:  # whatever the conversion of an unknown format runs into
-        raise ParameterError("model", problem("text.no_tokenizer", folder=folder, reason=_line(error))) from error
-    return backend, {**settings, **tokenizer.special_tokens_map}
 
 
 def _byte_reader(backend: tokenizers.Tokenizer) -> Callable[[str], bytes]:
