@@ -132,7 +132,8 @@ def dummy_folder(root: Path, alias: str, preset: dict[str, Any]) -> Path:
 
 
 def _dummy_tokenizer(vocab_size: int, special: dict[int, str]) -> dict[str, Any]:
-    """A tokenizer.json of `vocab_size` tokens: bytes, and words named after their id; `special` maps id to text."""
+    """A tokenizer.json of `vocab_size` tokens: bytes, then words that are named after their id, so that each generated
+    token is visible; `special` maps id to text."""
     # The special ids of some models lie among the first 256: the byte that stood there takes the last ids instead.
     spare = (i for i in range(vocab_size - 1, -1, -1) if i not in special)
     vocab = {character: next(spare) if byte in special else byte for byte, character in byte_alphabet().items()}

@@ -77,7 +77,8 @@ class Policy:
     name = ""
     """Of the policy in `POLICIES`, for records of decisions."""
     step_stretch = 0.0
-    """How many times as long as a lone stream's step one may take that computes prompts beside streams; 0: any."""
+    """How many times longer than the step of a lone stream a step may take in which prompts are computed beside
+    streams; 0 for as long as it takes."""
 
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
         """Place a turn, at a home in `cluster.open` that has room for `need`; None if it has to wait."""

@@ -76,7 +76,8 @@ class _Writer:
     def schema(
         self, name: str, schema: Any, root: dict[str, Any], strict: bool, space: Mapping[str, Any] = TRAINED_SPACE
     ) -> str:
-        """A rule for JSON valid by `schema`, a part of `root`. What cannot be held is left out, unless `strict`."""
+        """A rule for JSON that is valid by `schema`, a part of `root`. Unless `strict`, what the grammar cannot hold is
+        left out, and alternatives are taken to exclude each other."""
         made = held(schema, root, None if strict else self._relaxed)
         made["x-guidance"] = {**space, "coerce_one_of": not strict}
         return self.rule(name, f"%json {json.dumps(made, ensure_ascii=False)}")
@@ -96,7 +97,8 @@ class _Writer:
         return f"{self._sequence(self._form.begin)} {calls} {self._text(self._form.end)}"
 
     def _object(self, number: int, function: dict[str, Any]) -> str:
-        """A call without marks: JSON with a schema like another answer, from which only its content separates it."""
+        """A call without marks. Only what is in it separates it from another object, so both have to be made of the
+        same pieces: it is JSON with a schema, too."""
         parameters, strict = self._parameters(function), bool(function.get("strict"))
         inner = held(parameters, parameters, None if strict else self._relaxed)
         wrapped = {
