@@ -39,9 +39,7 @@ class Choice:
         self.params = params
         self.turn: TurnStream | None = None
         self.began = 0.0
-        self.output_tokens = 0
-        self.cached_tokens = 0
-        self.reasoning_tokens = 0
+        self.output_tokens = self.cached_tokens = self.reasoning_tokens = 0
         self.thinks = reader is not None and reader.thinking
         self._reader = reader
         self._words = IncrementalDetokenizer(tokenizer, params, reader.visible if reader else frozenset())

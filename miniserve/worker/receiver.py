@@ -209,8 +209,7 @@ class Receiver:
     def abort(self, turn: str) -> None:
         """The client has left: the sender need not go on."""
         if turn in self.pulls:
-            pull = self._drop(turn)
-            self.send(pull.source.address, Release(turn))
+            self.send(self._drop(turn).source.address, Release(turn))
 
     def _drop(self, turn: str) -> Pull:
         """Nothing more is stored for this pull: its pages may be computed here, or be another's, at once."""
