@@ -1,5 +1,4 @@
-"""Errors as clients get them, whatever went wrong: `{"error": {"message", "type", "param", "code"}}` as in the OpenAI
-API, or on routes of the Anthropic API in that API's shape."""
+"""Errors as clients of each API get them: `{"error": {"message", "type", "param", "code"}}` in OpenAI's."""
 
 import math
 import re
@@ -34,10 +33,8 @@ def is_anthropic(scope: Mapping[str, Any]) -> bool:
 
 
 class ApiError(HTTPException):
-    """An answer other than 200. `message` is for the person who wrote the request; `param` names the field at fault.
-
-    It is an HTTPException so that FastAPI lets it through when a middleware's `receive` raises it.
-    """
+    """An answer other than 200. `message` is for the person who wrote the request; `param` names the field at fault. It
+    is an HTTPException so that FastAPI lets it through when a middleware's `receive` raises it."""
 
     def __init__(
         self,
@@ -103,8 +100,7 @@ def as_api_error(error: Exception) -> ApiError:
 
 @contextmanager
 def renamed(api: str) -> Iterator[None]:
-    """Errors about a chat request that was made from a request to another `api` of parameters.toml name that API's
-    parameters."""
+    """Errors about a chat that was made from a request to another `api` of parameters.toml name its parameters."""
     try:
         yield
     except (ParameterError, ApiError, ValidationError) as error:

@@ -39,9 +39,7 @@ class Choice:
         self.params = params
         self.turn: TurnStream | None = None
         self.began = 0.0
-        self.output_tokens = 0
-        self.cached_tokens = 0
-        self.reasoning_tokens = 0
+        self.output_tokens = self.cached_tokens = self.reasoning_tokens = 0
         self.thinks = reader is not None and reader.thinking
         self._reader = reader
         self._words = IncrementalDetokenizer(tokenizer, params, reader.visible if reader else frozenset())
@@ -106,11 +104,9 @@ def given(output: TurnOutput) -> FirstToken | Tokens | Ended:
 
 
 class Generation(AbstractAsyncContextManager):
-    """All choices of a request. Use it as an async context: leaving it ends the turns that still run.
-
-    Each prompt has `n` choices, in order. The first choice of a prompt starts at once, and the others with its first
-    token, when they find the prompt in the prefix cache.
-    """
+    """All choices of a request. Use it as an async context: leaving it ends the turns that still run. Each prompt has
+    `n` choices, in order. The first choice of a prompt starts at once, and the others with its first token, when they
+    find the prompt in the prefix cache."""
 
     def __init__(
         self,
@@ -270,8 +266,7 @@ class ResponseWriter(Protocol):
         """The whole answer as a JSON object, when all choices have ended."""
 
     def stream(self, generation: Generation) -> AsyncIterator[bytes]:
-        """All server-sent events of the answer; events that can be sent together come as one piece. Raises the
-        exception that a choice failed with."""
+        """All server-sent events, those to be sent together as one piece. Raises what a choice failed with."""
 
     def error_events(self, error: ApiError) -> bytes:
         """The events that end a stream that has failed."""

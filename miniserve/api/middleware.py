@@ -141,8 +141,7 @@ class BodyLimit:
 
 
 async def _linger(receive: Receive) -> None:
-    """Read what is left of a body, for a while: clients look for an answer when they have sent everything, and find
-    none if the connection is closed before."""
+    """Read the rest of a body, for a while: clients read no answer on a connection that is closed before."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LINGER_SECONDS):
             while (await receive()).get("more_body"):

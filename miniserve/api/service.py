@@ -99,18 +99,12 @@ class Service:
         if not named and conversation:
             said = msgspec.structs.replace(said, sure=True)
         prompts = await self._prepare(asked, body, renderer)
-        id, conversation = writer.head.id, named or conversation
+        id, conversation, salt = writer.head.id, named or conversation, body.cache_salt or ""
 
         def submit(prompt: list[int], params: SamplingParams, index: int) -> TurnStream:
-            return self.client.submit(
-                prompt,
-                params,
-                # Choices share a prompt: they belong where its KV is.
-                conversation=conversation or (f"{id}-{index // params.n}" if params.n > 1 else ""),
-                salt=body.cache_salt or "",
-                request_id=f"{id}-{index}",
-                said=said,
-            )
+            # Choices share a prompt: they belong where its KV is.
+            of = conversation or (f"{id}-{index // params.n}" if params.n > 1 else "")
+            return self.client.submit(prompt, params, conversation=of, salt=salt, request_id=f"{id}-{index}", said=said)
 
         def begun(choice: Choice) -> None:
             if choice.turn is not None and choice.turn.change is not None:
@@ -176,10 +170,8 @@ class Service:
     def _fitted(
         self, prompt: list[int], params: SamplingParams, default_limit: int | None, field: str
     ) -> SamplingParams:
-        """`params` with a `max_tokens` that fits into the context after `prompt`, the field `field` of a request.
-
-        A client that sets none gets `default_limit`, or all the room there is. Raises `ApiError`, `ParameterError`.
-        """
+        """`params` with a `max_tokens` that fits into the context after `prompt`, the field `field` of a request. A
+        client that sets none gets `default_limit`, or all the room there is. Raises `ApiError`, `ParameterError`."""
         if not prompt:
             raise ApiError(400, f"`{field}` holds no tokens: send at least one.", param=field)
         self._check_vocabulary(prompt, field)

@@ -96,8 +96,7 @@ def json_answer(data: Any, ignored: Iterable[str] = ()) -> Response:
 
 
 async def answer_events(generation: Generation, writer: ResponseWriter) -> AsyncGenerator[bytes, None]:
-    """The events of a stream, whose turns end with it. If the generation fails, the status has long been sent: the last
-    events are about the error."""
+    """The events of a stream, whose turns end with it: when it fails, those of the error, since the status is sent."""
     async with generation:
         try:
             async for data in writer.stream(generation):

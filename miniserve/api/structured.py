@@ -1,5 +1,4 @@
-"""Structured output: what a request says of the form of its output becomes a grammar, compiled once to check it, in a
-few threads that let the event loop run."""
+"""Structured output: a request's format becomes a grammar, compiled once to check it, in threads of their own."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +8,7 @@ from miniserve.api.errors import RETRY_SOON, ApiError
 from miniserve.api.openai.parameters import GenerationRequest
 from miniserve.config import problem
 from miniserve.sampling_params import Grammar, ParameterError
-from miniserve.text.grammar import Compiler, GrammarError, choice_grammar, json_grammar, lark_grammar
+from miniserve.text.grammar import Compiler, GrammarError, json_grammar, lark_grammar, quoted
 
 THREADS = 2
 MAX_CHECKING = 64
@@ -62,12 +61,9 @@ def requested(body: GenerationRequest, relaxed: set[str]) -> Grammar:
     if wanted.regex is not None:
         return Grammar("regex", wanted.regex)
     if wanted.choice is not None:
-        return choice_grammar(wanted.choice)
+        return Grammar("lark", "start: " + " | ".join(map(quoted, wanted.choice)))
     if wanted.grammar is not None:
-        try:
-            return lark_grammar(wanted.grammar)
-        except GrammarError as error:
-            raise ParameterError("structured_outputs", f"`structured_outputs.grammar` is {error}") from error
+        return lark_grammar(wanted.grammar)
     return of_schema(ANY_OBJECT if wanted.json_ is None else wanted.json_, "structured_outputs.json")
 
 

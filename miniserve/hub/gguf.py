@@ -34,8 +34,7 @@ TABLES = tables("hub/gguf.toml")
 
 
 def gguf_folder(given: Path, progress: Callable[[str], None]) -> Path:
-    """The folder in the cache for a GGUF file, or for a folder with one, made now if it is not there; it links to the
-    file. Raises `ModelError`."""
+    """The folder in the cache for a GGUF file, or a folder with one, made if it is not there. Raises `ModelError`."""
     found = [given] if given.is_file() else sorted(given.glob("*.gguf"))
     if len(found) > 1:
         raise ModelError(f"{given} has several models ({', '.join(p.name for p in found[:3])}): give one of the files.")
@@ -190,13 +189,12 @@ def _tokenizer(file: Path, meta: dict[str, Any]) -> str:
     if kind != "gpt2" or split is None:
         raise ValueError(problem("hub.tokenizer", kind=kind, pre=pre))
     types, regex, whole = meta["tokenizer.ggml.token_type"], split["regex"], split.get("whole", False)
-    before: list[Any] = [Digits(individual_digits=True)] if "digits" in split else []
+    digits: list[Any] = [Digits(individual_digits=True)] if "digits" in split else []
+    before = [Split(Regex(regex), "isolated")] if regex else digits
+    merges = (tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"])
+    special = (token for token, type in zip(tokens, types, strict=True) if type == CONTROL)
     made = byte_level_bpe(
-        {token: i for i, token in enumerate(tokens)},
-        (tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]),
-        (token for token, type in zip(tokens, types, strict=True) if type == CONTROL),
-        use_regex=not regex,
-        before=[Split(Regex(regex), "isolated")] if regex else before,
+        {token: i for i, token in enumerate(tokens)}, merges, special, use_regex=not regex, before=before
     )
     others = (token for token, type in zip(tokens, types, strict=True) if type == USER_DEFINED)
     made.add_tokens([AddedToken(token, normalized=False) for token in others])

@@ -79,10 +79,8 @@ class Conserve(Prefilling):
 class Ampd(Prefilling):
     """AMPD's rule (arXiv 2602.14516): the first turn goes to a prefiller. A later one goes wherever its first token is
     expected earlier: at home, `T_local = Q_d + T_pre(hist, new)`, or at a prefiller, `T_remote = Q_p + T_kv(hist, d->p)
-    + T_pre(hist, new) + T_kv(new, p->d)`. AMPD takes T from an offline profile, we from what was measured.
-
-    `mispredict` is the share of later turns, drawn by a hash, where the decision is turned around.
-    """
+    + T_pre(hist, new) + T_kv(new, p->d)`. AMPD takes T from an offline profile, we from what was measured. `mispredict`
+    is the share of later turns, drawn by a hash, where the decision is turned around."""
 
     def __init__(self, mispredict: float = 0.0) -> None:
         self._mispredict = mispredict
@@ -96,7 +94,8 @@ class Ampd(Prefilling):
         remote = [self._remote(need, cluster, home, p) for p in cluster.prefillers_for(home, need.known)]
         best = min(remote, key=lambda option: option.first_token)
         away = best.first_token < local.first_token
-        wrong = _draw(f"{conversation.key}:{conversation.turns}") < self._mispredict
+        drawn = blake2b(f"{conversation.key}:{conversation.turns}".encode(), digest_size=6).digest()
+        wrong = int.from_bytes(drawn, "big") / 2**48 < self._mispredict
         reason = "mispredicted" if wrong else "earlier first token"
         return Placement(best if away != wrong else local, reason, (local, *remote), share_history=True)
 
@@ -184,11 +183,6 @@ class CacheAware(Moving):
 
 def _fitting(need: Need, cluster: Cluster) -> list[WorkerView]:
     return [d for d in cluster.decoders if d.name in cluster.open and d.fits(need.pages)]
-
-
-def _draw(text: str) -> float:
-    """A number in [0, 1) that looks random and is the same for the same text."""
-    return int.from_bytes(blake2b(text.encode(), digest_size=6).digest(), "big") / 2**48
 
 
 POLICIES: dict[str, Callable[[], Policy]] = {

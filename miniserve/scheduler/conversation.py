@@ -180,8 +180,7 @@ class Conversation:
     edits: int = 0
     """Times that the client changed what had been said."""
     copy_at: str | None = None
-    """The worker that prefilled a turn for the home last. It still holds the first `copy_tokens` tokens, unless it has
-    evicted them."""
+    """The worker that last prefilled a turn for the home: it holds the first `copy_tokens` tokens, if not evicted."""
     copy_tokens: int = 0
     history: History = field(default_factory=History)
     marks: list[PromptMark] = field(default_factory=list, repr=False)
@@ -195,8 +194,7 @@ class Conversation:
 
 
 class Forecast:
-    """Outputs, gaps and the chance of another turn. What all conversations did lately counts where one's own history
-    is too short."""
+    """Outputs, gaps and the chance of another turn; where one's own history is too short, by what all did lately."""
 
     def __init__(self) -> None:
         self._outputs: deque[float] = deque(maxlen=RECENT)
@@ -219,17 +217,14 @@ class Forecast:
         """Tokens a turn should be given room for: a high quantile of its own conversation's outputs, else what the
         client has `said`, else a quantile of all; never more than it may generate."""
         own = history.quantile("output", OUTPUT_QUANTILE)
-        if own is None:
-            own = said
+        own = said if own is None else own
         expected = quantile(self._outputs, OUTPUT_QUANTILE, RESERVED_OUTPUT) if own is None else own
         return max(1, min(int(expected), max_tokens or int(expected)))
 
     def outlook(self, history: History, turn: int) -> tuple[float, float]:
         """After turn number `turn`: the gap to expect in seconds (the conversation's own median, else that of all), and
-        the chance that another turn comes at all (the share of such turns that were followed by one).
-
-        The chance begins at 2/3: agents' conversations go on, and those that are idle now may still do.
-        """
+        the chance that another turn comes at all (the share of such turns that were followed by one). The chance begins
+        at 2/3: agents' conversations go on, and those that are idle now may still do."""
         own = history.quantile("gap", 0.5)
         gap = quantile(self._gaps, 0.5, 0.0) if own is None else own
         n = min(turn, TURNS)

@@ -13,8 +13,7 @@ from miniserve.scheduler.conversation import TURNS, UNSAID, Change, Conversation
 from miniserve.scheduler.prompts import KEPT_BYTES, FirstPages, LastPrompts, PromptIndex, common_run
 
 SLACK = 4
-"""Tokens that a prompt may lack at its end and still be the beginning of the next one: templates open an answer in
-another way than they show a given one."""
+"""Tokens that the next prompt may lack of one's end: templates open an answer otherwise than they show a given one."""
 NEEDLE = 16
 """Tokens by which the end of a prompt or an answer is found again behind a change: fewer are mostly the template's."""
 MOST_MEMBERS = 16
@@ -37,21 +36,12 @@ Near = list[tuple[int, Conversation]]
 
 
 class Match(NamedTuple):
-    """A conversation that a prompt may be of, what it is to that, how many of its tokens that has seen; and how many it
-    shares with the last prompts of others."""
+    """A conversation that a prompt may be of, its relation, its known tokens; and what other last prompts share."""
 
     conversation: Conversation | None
     relation: Relation
     known: int
     near: Near
-
-
-class Found(NamedTuple):
-    """The conversation of a prompt, how many of its tokens that has seen before, and how it differs from the last."""
-
-    conversation: Conversation
-    known: int
-    change: Change | None
 
 
 class Conversations:
@@ -96,8 +86,7 @@ class Conversations:
         return list(islice(reversed(self._by_key.values()), count))
 
     def is_side(self, conversation: Conversation) -> bool:
-        """Whether it holds requests beside a conversation's turns: the client says so, or others came with its key
-        that offer tools, as it does not."""
+        """Whether it holds requests beside turns: the client says so, or only others under its key offer tools."""
         said, others = conversation.said, self._members(conversation.family)
         return said.side or (not said.tools and any(other.said.tools for other in others))
 
@@ -105,9 +94,12 @@ class Conversations:
         """The latest conversations of a client's id, the latest first."""
         return islice(reversed(self._families.get(family, {}).values()), MOST_MEMBERS)
 
-    def find(self, key: str | int, prompt: bytes, chain: list[bytes], now: float, said: Said = UNSAID) -> Found:
-        """The conversation of a prompt, of 4 bytes a token: one that it continues or edits, or a new one. `key` is the
-        client's, "" for none; `chain` is the prompt's `page_chain`."""
+    def find(
+        self, key: str | int, prompt: bytes, chain: list[bytes], now: float, said: Said = UNSAID
+    ) -> tuple[Conversation, int, Change | None]:
+        """The conversation of a prompt, of 4 bytes a token (one that it continues or edits, or a new one), how many of
+        its tokens that has seen before, and how it differs from the last. `key` is the client's, "" for none; `chain`
+        is the prompt's `page_chain`."""
         change, length = None, len(prompt) // 4
         of, relation, known, near = (self._among if key else self._of_all)(key, prompt, chain, said)
         if of is not None and relation is not Relation.NEW:
@@ -134,7 +126,7 @@ class Conversations:
             of.places = self._first.add(chain, of)
         self._mark(of, prompt, chain)
         self._last.put(of.key, prompt)
-        return Found(of, min(known, length), change)
+        return of, min(known, length), change
 
     def answered(self, conversation: Conversation, tokens: list[int]) -> None:
         """The tokens that were generated behind the last prompt."""

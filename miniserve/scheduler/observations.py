@@ -20,8 +20,7 @@ REFIT = 64
 FADE = 500
 """Measurements in other cells after which a cell that got none counts half: it still holds what only it has seen."""
 GUESS_TOKEN, GUESS_STEP = 1e-3, 20e-3
-"""Seconds of a prompt's token and of a decode step before anything was measured. Any numbers will do: they are the same
-for all workers, and gone with the first steps."""
+"""Seconds of a prompt's token and of a decode step before anything was measured. Any will do: they are gone soon."""
 
 
 @dataclass
@@ -59,9 +58,8 @@ def quantile(values: Iterable[float], q: float, default: float) -> float:
 
 
 def non_negative_fit(rows: "np.ndarray", counts: "np.ndarray", ridge: float) -> "np.ndarray":
-    """The least squares of `rows @ x = 1` with no x below zero: features whose weight comes out below zero are left
-    out, the lowest one first. A row counts `counts` times; a `ridge` on all but the first feature decides what the rows
-    leave open."""
+    """The least squares of `rows @ x = 1` with no x below zero: features with a weight below zero are left out, the
+    lowest first. A row counts `counts` times; a `ridge` on all but the first feature decides what is left open."""
     import numpy as np  # Not at the top: `miniserve --help` names the policies, and should not wait for numpy.
 
     scale = np.maximum(rows.mean(axis=0), 1e-12)
@@ -155,8 +153,7 @@ class Speed:
         return self.prefills.at(tokens, pairs, math.ceil(tokens / self._chunk))
 
     def held_up(self, tokens: int, context: int = 0) -> float:
-        """By how many seconds such a prefill delays each stream beside it: its steps would have been made anyway, but
-        shorter."""
+        """By how many seconds such a prefill delays each stream beside it, whose steps are longer with it."""
         steps = math.ceil(tokens / self._chunk) if self.prefills.count else 1
         return max(self.prefill(tokens, context) - steps * self.decode(0, 0), 0.0)
 

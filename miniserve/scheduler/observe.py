@@ -1,7 +1,6 @@
 """miniserve's own policy: the place with the least delay for all turns together, by what was observed."""
 
 from collections.abc import Callable
-from functools import partial
 from itertools import islice
 
 from miniserve.config import Role
@@ -17,9 +16,8 @@ PATIENCE = 0.25
 ROOM = 0.1
 """The share of its pages that a worker must have room for after it has become a home: conversations grow."""
 WORTH = 8.0
-"""A newcomer for which there is no room waits for so many times what it would cost all turns to compute again what it
-drives out. Once would be right if that happened once; it happens at each turn of all that then share too little room.
-"""
+"""A newcomer without room waits so many times what it would cost all to compute again what it drives out. Once would be
+right if that happened once; it happens at each turn of all that then share too little room."""
 MOST_PREFILLING = 0.75
 """A larger share of a worker's time that prompts took says little about what comes."""
 STEP_STRETCH = 6.0
@@ -68,10 +66,11 @@ class Observe(Policy):
     def place(self, need: Need, cluster: Cluster) -> Placement | None:
         home = cluster.worker(need.conversation.home)
         if home is None:
-            return self._first(need, cluster, self._likely(need, cluster, partial(self._may_take, need)))
+            return self._first(need, cluster)
         return self._later(need, cluster, home)
 
-    def _first(self, need: Need, cluster: Cluster, homes: list[WorkerView]) -> Placement | None:
+    def _first(self, need: Need, cluster: Cluster) -> Placement | None:
+        homes = self._likely(need, cluster, lambda worker: self._may_take(need, worker))
         options = [o for n, home in enumerate(homes) for o in self._options(need, cluster, home, n < FEW_HOMES)]
         if not options:
             return None
@@ -97,7 +96,7 @@ class Observe(Policy):
         # Other turns of this conversation run there, or it has just moved: then it stays, unless it would have to wait.
         if need.conversation.active > 1 or (fits and need.conversation.moved_at == need.conversation.turns):
             return stay
-        roomy = self._likely(need, cluster, partial(self._may_join, need))
+        roomy = self._likely(need, cluster, lambda d: d is not home and need.pages <= self.elsewhere(d))
         if not roomy:
             return stay
         options = [option for d in roomy for option in self._options(need, cluster, d)]
@@ -110,10 +109,6 @@ class Observe(Policy):
         # A turn that would drive out what is needed soon waits.
         crowded = worker.turns > 0 and worker.room - need.pages < ROOM * worker.total_pages
         return not crowded or need.waited > max(self._worth(need, worker), 0.0)
-
-    def _may_join(self, need: Need, worker: WorkerView) -> bool:
-        """Whether a conversation may leave its home for this worker."""
-        return worker.name != need.conversation.home and need.pages <= self.elsewhere(worker)
 
     def elsewhere(self, worker: WorkerView) -> float:
         free = not worker.turns or worker.turns < worker.max_turns
@@ -159,36 +154,25 @@ class Observe(Policy):
         if old is not None and old is not home and need.known[old.name] > known:
             history_at, fetch = old.name, cluster.copy_seconds(old, home, need.known[old.name] - known)
             known = need.known[old.name]
-        new = max(need.tokens - known, 1)
-        local = Option(
-            home.name,
-            history_at=history_at,
-            queue=home.queue_seconds,
-            prefill=home.speed.prefill(new, known),
-            transfer=fetch,
-            decode=decode,
-            harm=beside + self._streams(home) * home.speed.held_up(new, known),
-        )
-        options = [local]
+        new, streams = max(need.tokens - known, 1), self._streams(home)
+
+        def at(worker: WorkerView, new: int, known: int, transfer: float, back: float = 0.0) -> Option:
+            """A prefill of `new` tokens behind the `known` ones there, and the decode at home."""
+            ways = ("", history_at) if worker is home else (worker.name, "")
+            harm = beside + self._streams(worker) * worker.speed.held_up(new, known) + streams * back
+            costs = worker.queue_seconds, worker.speed.prefill(new, known), transfer, decode, harm
+            return Option(home.name, *ways, *costs)
+
+        options = [at(home, new, known, fetch)]
         # Two that prefill for each other might wait for each other's pages.
         remote = remote and home.role is not Role.PREFILLER
         for p in cluster.prefillers_for(home, need.known) if remote else ():
             new, known, history, back = away(need, cluster, home, p)
-            other = Option(
-                home.name,
-                p.name,
-                queue=p.queue_seconds,
-                prefill=p.speed.prefill(new, known),
-                transfer=history + cluster.exposed_seconds(p, home),
-                decode=decode,
-                harm=beside + self._streams(p) * p.speed.held_up(new, known) + self._streams(home) * back,
-            )
-            options.append(other)
+            options.append(at(p, new, known, history + cluster.exposed_seconds(p, home), back))
         return options
 
     def _decode(self, tokens: int, output: int, home: WorkerView) -> tuple[float, float]:
-        """How long the decode takes at `home`, with prompts in its steps as on average, and by how much it slows down
-        the streams there, in all."""
+        """How long the decode takes, with prompts in its steps as on average, and how much it slows others, in all."""
         step = home.speed.decode(home.turns + 1, home.tokens_in_use + tokens)
         step /= 1 - min(home.prefilling.value, MOST_PREFILLING)
         more = step - home.speed.decode(home.turns, home.tokens_in_use) if home.turns else 0.0

@@ -16,8 +16,7 @@ from miniserve.scheduler.workers import Cluster, WorkerView
 @dataclass(frozen=True)
 class Need:
     """What a turn needs: `tokens` of prompt and `output` tokens that are expected, which take `pages` in all. `known`
-    says how many tokens of the prompt a worker probably holds. The turn has `waited` for so many seconds at `now`, in
-    seconds of the scheduler's clock."""
+    says how many tokens of the prompt a worker probably holds. At `now` the turn has `waited` so many seconds."""
 
     conversation: Conversation
     tokens: int
@@ -91,6 +90,5 @@ class Policy:
         return 0.0
 
     def patience(self, need: Need, cluster: Cluster) -> float:
-        """For how many seconds a newcomer, whose conversation has no home yet, lets turns pass that have one; then it
-        claims the workers that it waits for."""
+        """For how many seconds a newcomer lets turns with a home pass; then it claims the workers that it waits for."""
         return 0.0

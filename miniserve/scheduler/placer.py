@@ -32,12 +32,9 @@ class Placer:
         self._forecast = Forecast()
         self._ledger = Ledger(self.cluster, self._forecast)
         self._queue = WaitingQueue(self._has_patience, self._fits, self._elsewhere, self.cluster.changed)
-        self._commands: list[Command] = []
-        """What is to be done, until a method gives it out."""
-        self._tried: Turn | None = None
-        """The suspected turn that was begun last."""
-        self._closed: set[str] = set()
-        """Workers that are kept for a suspected turn."""
+        self._commands: list[Command] = []  # what is to be done, until a method gives it out
+        self._tried: Turn | None = None  # the suspected turn that was begun last
+        self._closed: set[str] = set()  # workers that are kept for a suspected turn
 
     @property
     def placed(self) -> dict[str, int]:
@@ -45,8 +42,7 @@ class Placer:
         return {f"{a}->{b}" if a != b else a: n for (a, b), n in sorted(self.placements.items())}
 
     def _place_queued(self, now: float, everywhere: bool = False) -> list[Command]:
-        """Place turns that wait on workers that have changed, or `everywhere`: with time more becomes possible. Gives
-        out all commands."""
+        """Place turns that wait on changed workers, or `everywhere`: time makes more possible. Gives out commands."""
         if everywhere:
             self.cluster.changed.update(self.cluster.workers)
         if self._queue:
@@ -121,8 +117,7 @@ class Placer:
         return Need(conversation, len(turn.tokens), turn.output, turn.pages, known, now, now - turn.arrived)
 
     def _reusable(self, turn: Turn, known: int) -> int:
-        """Of so many tokens that the turn's conversation has seen, those that a worker need not compute: where the
-        model has a recurrent state, up to the last snapshot."""
+        """How many of the `known` tokens a worker need not compute: with recurrent state, up to the last snapshot."""
         if not self.cluster.snapshot_pages:
             return known
         size = self.cluster.page_tokens
@@ -152,19 +147,10 @@ class Placer:
         if not self.cluster.snapshot_pages:  # sub-agents come at once: the next one finds what this one computes
             self.cluster.prefixes.add(turn.chain, prefills.name)
         self.placements[prefills.name, home.name] += 1
-        run = Run(
-            turn.run,
-            turn.tokens,
-            turn.params,
-            turn.seed,
-            conversation.salt,
-            turn.delivered,
-            turn.prefill_at,
-            placement.share_history,
-            option.history_at or None,
-            self._keep(conversation, len(turn.tokens), home, turn.number),
-        )
-        self._commands.append(Send(home.name, run))
+        what = turn.run, turn.tokens, turn.params, turn.seed, conversation.salt, turn.delivered
+        where = turn.prefill_at, placement.share_history, option.history_at or None
+        keep = self._keep(conversation, len(turn.tokens), home, turn.number)
+        self._commands.append(Send(home.name, Run(*what, *where, keep)))
 
     def _bring(self, name: str, conversation: Conversation, tokens: list[int], source: str, home: WorkerView) -> Send:
         """The message by which a home gets the KV of an idle conversation from another worker, as the run `name`."""
@@ -173,8 +159,7 @@ class Placer:
         return Send(home.name, run)
 
     def _keep(self, conversation: Conversation, tokens: int, home: WorkerView, turns: int) -> Keep:
-        """How soon the home will need this conversation's pages again after so many turns, for when it runs out of
-        pages between turns."""
+        """How soon the home will need these pages after so many turns, for when it runs out of pages between turns."""
         gap, chance = self._forecast.outlook(conversation.history, turns)
         page = self.cluster.page_tokens
         seconds = home.speed.prefill(page, max(tokens - page, 0))

@@ -54,11 +54,9 @@ class PromptIndex:
         """The index no longer finds `owner` by this prompt."""
         there = self._owners.get(mark.digest)
         if isinstance(there, dict):
-            left = tuple(other for other in there.get(mark.tail, ()) if other is not owner)
-            if left:
-                there[mark.tail] = left
-            else:
-                there.pop(mark.tail, None)
+            there[mark.tail] = tuple(other for other in there.get(mark.tail, ()) if other is not owner)
+            if not there[mark.tail]:
+                del there[mark.tail]
             if not there:
                 del self._owners[mark.digest]
         elif there is owner:
@@ -101,11 +99,9 @@ class FirstPages:
 
     def remove(self, places: tuple[bytes, ...], owner: Conversation) -> None:
         for place in places:
-            left = [other for other in self._owners.get(place, ()) if other is not owner]
-            if left:
-                self._owners[place] = left
-            else:
-                self._owners.pop(place, None)
+            self._owners[place] = [other for other in self._owners.get(place, ()) if other is not owner]
+            if not self._owners[place]:
+                del self._owners[place]
 
     def alike(self, chain: list[bytes]) -> list[Conversation]:
         """The owners that share the most of these pages, the latest first."""
@@ -116,8 +112,7 @@ class FirstPages:
 
 
 class LastPrompts:
-    """What was computed last of each conversation, prompt and answer: 4 bytes a token, `most` bytes in all, the latest
-    ones."""
+    """What was computed last of each conversation, prompt and answer: 4 bytes a token, at most `most` bytes in all."""
 
     def __init__(self, most: int = KEPT_BYTES) -> None:
         self._most = most
@@ -173,8 +168,7 @@ class PrefixIndex:
 
 
 class Known(dict[str, int]):
-    """Tokens of a prompt that each worker probably holds: those of the conversation itself, and what `PrefixIndex` has
-    `found`, which is looked up for a worker that is asked for."""
+    """Tokens of a prompt that each worker probably holds: set, or by what `PrefixIndex` has `found`, when asked for."""
 
     def __init__(self, found: list[tuple[int, Set[str]]], page_tokens: int) -> None:
         self._found = found

@@ -90,15 +90,11 @@ class WaitingQueue:
     changed: set[str]
 
     def __post_init__(self) -> None:
-        self._lines: dict[str | Group, list[Waiting]] = {}
-        """By their homes, or by groups; no line is empty."""
-        self._sizes: list[tuple[int, int, Turn]] = []
-        """(pages, number, turn) of those with a home, the smallest first."""
+        self._lines: dict[str | Group, list[Waiting]] = {}  # by their homes, or by groups; no line is empty
+        self._sizes: list[tuple[int, int, Turn]] = []  # (pages, number, turn) of those with a home, the smallest first
         self._numbers, self._numbers_before, self._shares = count(), count(-1, -1), Shares()
-        self._fresh: dict[int, Turn] = {}
-        """Those with a home that were not tried since they came."""
-        self._refused: set[int] = set()
-        """Those without a home that every worker has refused."""
+        self._fresh: dict[int, Turn] = {}  # those with a home that were not tried since they came
+        self._refused: set[int] = set()  # those without a home that every worker has refused
         self._held: set[str] = set()
         """Workers that have changed while one of these claims all: those behind it were not tried there."""
 
@@ -173,11 +169,9 @@ class WaitingQueue:
             self.append(waiting[1], now, first=True)
 
     def serve(self, place: Place, workers: Set[str], now: float) -> None:
-        """Place the turns that can be placed. Then no worker counts as changed any more.
-
-        `place(turn, open_workers)` places a turn on open ones of the `workers`, or returns False if it has to wait; if
-        it raises, no turn is lost.
-        """
+        """Place the turns that can be placed. Then no worker counts as changed any more. `place(turn, open_workers)`
+        places a turn on open ones of the `workers`, or returns False if it has to wait; if it raises, no turn is
+        lost."""
         while everyone := self.line(Group.ANYWHERE):
             number, _ = first = everyone[0]
             if number not in self._refused:

@@ -67,11 +67,9 @@ class Scheduler(Placer):
         self.reuse: dict[str, Reuse] = {}
         """By the name of a client; those above `MOST_CLIENTS` are ""."""
         self._max_turns, self._max_queued = max_turns, max_queued
-        self._speed = Speed()
-        """Of all workers together."""
+        self._speed = Speed()  # of all workers together
         self._ends: deque[float] = deque(maxlen=RECENT_ENDS)
-        self._returning: set[str] = set()
-        """Decoders that are being started again."""
+        self._returning: set[str] = set()  # decoders that are being started again
         self._moves: dict[str, tuple[str, str]] = {}
         """Conversations on their way from a worker that is to go: from where, and to where."""
         self._moved = 0
@@ -191,8 +189,7 @@ class Scheduler(Placer):
         self._commands += [Send(name, peers) for name in self.workers]
 
     def check_room(self, now: float) -> None:
-        """Raises `QueueFull` if no more turns should be submitted. To be called once for a request, which may then
-        submit all of its turns."""
+        """Raises `QueueFull` if no more turns should be submitted. Call it once for a request, before all its turns."""
         if self.queued >= self._max_queued:
             # The queue is likely to move on at the rate at which turns ended lately.
             seconds = self.queued * max(now - self._ends[0], 0.1) / len(self._ends) if self._ends else 5
@@ -210,10 +207,7 @@ class Scheduler(Placer):
         said: Said = UNSAID,
     ) -> list[Command]:
         """Accept a turn: place it, or queue it. `conversation` is a key, or "" for none; `said` is what else the client
-        says of it.
-
-        Raises `NoDecoder`, and then changes nothing.
-        """
+        says of it. Raises `NoDecoder`, and then changes nothing."""
         if not self.can_serve:
             raise NoDecoder("No decoder is alive.")
         prompt = token_bytes(tokens)
@@ -226,22 +220,9 @@ class Scheduler(Placer):
         of.active, of.salt = of.active + 1, salt
         self._ledger.let_go(of)
         output = self._forecast.output(of.history, params.max_tokens, said.osl)
-        accepted = Turn(
-            id=turn,
-            tokens=list(tokens),
-            params=params,
-            seed=seed,
-            conversation=of,
-            chain=chain,
-            known=known,
-            change=change,
-            said=said,
-            arrived=now,
-            gap=gap,
-            output=output,
-            pages=self._ledger.pages(len(tokens) + output),
-        )
-        self.turns[turn] = accepted
+        pages = self._ledger.pages(len(tokens) + output)
+        asked = turn, list(tokens), params, seed
+        self.turns[turn] = accepted = Turn(*asked, of, chain, known, now, gap, output, pages, said, change)
         self._queue.append(accepted, now)
         return self._place_queued(now)
 
@@ -338,8 +319,7 @@ class Scheduler(Placer):
         self._commands.append(Deliver(turn.id, Failed(turn.id, turn.delivered, reason, invalid)))
 
     def _run_again(self, turn: Turn, now: float) -> None:
-        """End the turn's run, if its worker still lives, and put it at the head of the queue; it goes on from its
-        tokens."""
+        """End the turn's run, if its worker lives, and put it at the head of the queue; it goes on from its tokens."""
         self._abort(turn)
         self._ledger.release(turn, now)
         turn.move(TurnState.QUEUED)

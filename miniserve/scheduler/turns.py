@@ -142,8 +142,7 @@ class Turn:
         }
 
     def remembered(self, names: list[str], finish: TurnEnd, now: float) -> TurnRecord:
-        """Of a turn that has ended on a worker, for its conversation's history. `names` are all workers, in the order
-        of their numbers."""
+        """Of a turn that has ended on a worker, for its conversation's history; `names` numbers all workers."""
         assert self.home is not None
         assert self.placed is not None
         assert self.first_token is not None

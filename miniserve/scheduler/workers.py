@@ -31,8 +31,7 @@ class WorkerView:
     resident: int = 0
     """Held by conversations between turns; the worker may evict it."""
     wanted: float = 0.0
-    """What of `resident` is expected to be needed again soon: the pages of each conversation times the chance of its
-    next turn."""
+    """What of `resident` is expected to be needed soon: each conversation's pages times the chance of its next turn."""
     turns: int = 0
     """Turns whose home it is now, those that are prefilled elsewhere included."""
     queued_prefill_tokens: int = 0
@@ -126,8 +125,7 @@ class Ranking:
 
 
 class Cluster:
-    """All that a policy may look at beside the turn. `open` names the workers that may take this turn: the others are
-    claimed by turns that wait before it."""
+    """All that a policy may look at beside the turn. Workers that are not `open` are claimed by turns before it."""
 
     def __init__(self, page_tokens: int) -> None:
         self.page_tokens = page_tokens
@@ -144,11 +142,9 @@ class Cluster:
         self.prefixes = PrefixIndex()
         self.changed: set[str] = set()
         """Workers whose KV was reserved or given back since the queue was served last."""
-        self._kinds = {True: Link(), False: Link()}
-        """All links within hosts, all between hosts."""
+        self._kinds = {True: Link(), False: Link()}  # all links within hosts, all between hosts
         self._rankings: dict[int, Ranking] = {}
-        self._shortest: list[WorkerView] = []
-        """Prefillers with the shortest queues; empty when that may have changed."""
+        self._shortest: list[WorkerView] = []  # prefillers with the shortest queues; empty when that may have changed
 
     def join(self, worker: WorkerView) -> None:
         self.leave(worker.name)
@@ -222,8 +218,7 @@ class Cluster:
         return link
 
     def copy_seconds(self, source: WorkerView, destination: WorkerView, tokens: int) -> float:
-        """How long the KV of `tokens` takes between two workers, by the bandwidth that was measured on this link, else
-        on links of its kind, else on any; 0 if none was."""
+        """Seconds to copy KV of `tokens`, as measured on this link, else on its kind, else on any; 0 if on none."""
         if tokens <= 0:
             return 0.0
         bandwidth = self._link(source, destination).bandwidth

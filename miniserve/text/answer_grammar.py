@@ -154,8 +154,7 @@ class _Writer:
         return f"({' | '.join(choices)})"
 
     def _value(self, name: str, kind: Any, root: dict[str, Any], strict: bool) -> str:
-        """An argument with the tag that closes it: text without quotes, all else as JSON. Free text spells no mark, and
-        is held to nothing else."""
+        """An argument with its closing tag: free text without quotes and marks, held to nothing else, or JSON."""
         found = ways(kind, root)
         texts = [way for way in found if "string" in types(way) and values(way) is None]
         if texts:
@@ -177,8 +176,7 @@ class _Writer:
         self._relaxed |= found
 
     def _parameters(self, function: Mapping[str, Any]) -> dict[str, Any]:
-        """The schema of a function's arguments. As other servers have it, only what is listed may be given, unless the
-        schema says something about the rest."""
+        """A function's schema. Only what it lists may be given, as with other servers, unless it speaks of the rest."""
         schema = {key: value for key, value in (function.get("parameters") or {}).items() if value is not None}
         schema = {"type": "object", **schema}
         if schema.keys() & {"$ref", "allOf", "anyOf", "oneOf", "patternProperties", "additionalProperties"}:

@@ -181,8 +181,7 @@ class TagParser(CallParser):
         return found
 
     def _closing(self, end: int) -> Parsing[int]:
-        """Where the closing tag after `end` ends; 0 if something else stands there. A model that stops before it has
-        still said all there is to say."""
+        """Where the closing tag after `end` ends; 0 if something else is there. An answer may end without it."""
         while not (rest := self._text[end:].lstrip()).startswith(self._CLOSE):
             if self._final or not self._CLOSE.startswith(rest):
                 return len(self._text) if self._CLOSE.startswith(rest) else 0

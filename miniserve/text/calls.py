@@ -17,8 +17,7 @@ class Call(NamedTuple):
 
 
 class Begun(NamedTuple):
-    """A call that is still being written: its name, and where in a text that part of its arguments stands which is
-    certainly the beginning of valid JSON."""
+    """A call that is still written: its name, and where in a text its arguments are valid JSON so far."""
 
     name: str
     start: int
@@ -38,8 +37,7 @@ class _Written(msgspec.Struct):
 
 
 def json_calls(text: str, name: str = "") -> list[Call]:
-    """The calls that a JSON object or a list of them describes, or the call of `name` with such arguments; none if only
-    one of them is not in order."""
+    """The calls that a JSON object or list describes, or that of `name` with such arguments; none if one is wrong."""
     try:
         value = msgspec.json.decode(text)  # strict everywhere: what is passed on as raw text below is sound
         if name:

@@ -33,14 +33,7 @@ class Dialect(msgspec.Struct, frozen=True):
     demands: Demands
 
     def reader(
-        self,
-        tokenizer: Tokenizer,
-        tools: list[dict[str, Any]] | None,
-        *,
-        single: bool = False,
-        first: bool = False,
-        opened: bool = False,
-        early: bool = False,
+        self, tokenizer: Tokenizer, tools: list[dict[str, Any]], *, single: bool, first: bool, opened: bool, early: bool
     ) -> Reader | None:
         """What reads an answer; None where all of it is content. `tools` are those that may be called, `single` allows
         one call only and `first` none behind text, `opened` says that the prompt has begun the reasoning, and with
@@ -50,14 +43,10 @@ class Dialect(msgspec.Struct, frozen=True):
         marks = [*self.form.marks] if tools else []
         marks += self.thinking[:2] if self.thinking else []
         ids = {id for mark in marks if (id := tokenizer.control_id(mark)) is not None}
-        schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools or []}
-        return Reader(
-            self.thinking,
-            opened,
-            CallScanner(self.form, schemas, single, first, early) if tools else None,
-            frozenset(ids & tokenizer.special_ids),
-            tokenizer.control_id(self.thinking.end) if self.thinking else None,
-        )
+        schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
+        scanner = CallScanner(self.form, schemas, single, first, early) if tools else None
+        ends = tokenizer.control_id(self.thinking.end) if self.thinking else None
+        return Reader(self.thinking, opened, scanner, frozenset(ids & tokenizer.special_ids), ends)
 
     def reasoned(self, tokenizer: Tokenizer, prompt: list[int], continued: str | None) -> Reasoned:
         """How far the reasoning is at the end of `prompt`; `continued` is the answer that it ends with, if it does."""

@@ -18,14 +18,13 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from miniserve.config import tables
-from miniserve.sampling_params import Grammar
+from miniserve.sampling_params import Grammar, ParameterError
 from miniserve.text.messages import levels
 from miniserve.text.schemas import held
 from miniserve.text.tokenizer import Tokenizer
 
 WHITESPACE = "( |\\r?\\n[ \\t]{0,32})"
-"""Between the parts of JSON: one space, or a new line and its indentation. Nothing else in a grammar would stop a small
-model from filling its whole answer with blanks."""
+"""Between parts of JSON: a space, or a new line with indentation. A small model might fill its answer with blanks."""
 TABLES = tables("text/grammar.toml")
 BOUNDS: dict[str, int] = TABLES["bounds"]
 _LIMITS = LLParserLimits(**TABLES["limits"], verbose_errors=False)
@@ -50,16 +49,13 @@ def json_grammar(schema: dict[str, Any], *, strict: bool = False, relaxed: set[s
     return Grammar("json_schema", json.dumps(made, ensure_ascii=False))
 
 
-def choice_grammar(choices: list[str]) -> Grammar:
-    return Grammar("lark", "start: " + " | ".join(map(quoted, choices)))
-
-
 def lark_grammar(text: str) -> Grammar:
-    """A grammar that is written in llguidance's Lark, or in llama.cpp's GBNF. Raises `GrammarError`."""
+    """A grammar that is written in llguidance's Lark, or in llama.cpp's GBNF. Raises `ParameterError`."""
     try:
         return Grammar("lark", text if _LARK.search(text) else gbnf_to_lark(text))
     except Exception as error:  # whatever the library's converter runs into
-        raise GrammarError(f"neither Lark nor GBNF: {error}.") from error
+        said = f"`structured_outputs.grammar` is neither Lark nor GBNF: {error}."
+        raise ParameterError("structured_outputs", said) from error
 
 
 def quoted(text: str) -> str:

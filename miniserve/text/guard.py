@@ -92,8 +92,7 @@ class GuardedEncoder:
         )
 
     def hide(self, value: Any, hidden: HiddenTexts, *, own: bool = False) -> Any:
-        """A copy of a JSON value in which sentinels stand for all that spells a control token; in the model's `own`
-        words, for special tokens."""
+        """A copy of a JSON value, with sentinels for control tokens; in the model's `own` words, special ones alone."""
         if isinstance(value, dict):
             return {self.hide(k, hidden, own=own): self.hide(v, hidden, own=own) for k, v in value.items()}
         if isinstance(value, list | tuple):

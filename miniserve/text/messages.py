@@ -46,8 +46,7 @@ def sound_json(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def text_or(problem: str) -> Discriminator:
-    """For a union of text and a list (`TextOr`) or an object; `problem` is the error for what is neither. Other errors
-    are about the branch that a value means."""
+    """For a union of text and a list (`TextOr`) or an object; `problem` is the error for what is neither."""
     kinds: dict[type, str] = {str: "<text>", list: "<list>", dict: "<object>"}
     return Discriminator(lambda value: kinds.get(type(value)), "kind", problem)
 

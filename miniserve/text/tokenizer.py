@@ -26,8 +26,7 @@ log = logging.getLogger("miniserve.text")
 
 
 def byte_alphabet() -> dict[int, str]:
-    """Byte -> the printable character that stands for it in byte-level vocabularies: in printable Latin-1 itself, for
-    the others those from U+0100 on, in order."""
+    """Byte -> what stands for it in byte-level vocabularies: in printable Latin-1 itself, else from U+0100 on."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = (b for b in range(256) if b not in set(plain))
     return {b: chr(b) for b in plain} | {b: chr(0x100 + i) for i, b in enumerate(others)}
@@ -77,7 +76,9 @@ class Tokenizer:
         """The exact bytes a token stands for, special ones included; empty for ids the tokenizer does not know."""
         self._guarded = GuardedEncoder(backend, control, self.special_ids)
         special = read_object(folder / "special_tokens_map.json") | settings
-        texts = {name: text for name, value in special.items() if (text := _token_text(value)) and "_token" in name}
+        # Each is its text, or an object around it.
+        said = {name: value.get("content") if isinstance(value, dict) else value for name, value in special.items()}
+        texts = {name: text for name, text in said.items() if "_token" in name and text and isinstance(text, str)}
         templates = find_templates(folder, settings, chat_template)
         self._templates = ChatTemplates(templates, texts)
         self.template_text = "\n".join(templates.values())
@@ -103,8 +104,15 @@ class Tokenizer:
             except Exception as error:  # the library raises nothing more precise
                 read_object(path)
                 raise ParameterError("model", f"{path} cannot be read: {_line(error)}.") from error
-        else:
-            backend, settings = _from_transformers(folder, settings)
+        else:  # vocab.json and merges.txt, or tokenizer.model
+            from transformers import AutoTokenizer
+
+            try:
+                converted = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+                backend, settings = converted.backend_tokenizer, settings | converted.special_tokens_map
+            except Exception as error:  # whatever the conversion of an unknown format runs into
+                said = problem("text.no_tokenizer", folder=folder, reason=_line(error))
+                raise ParameterError("model", said) from error
         return cls(backend, folder, settings, chat_template)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -164,12 +172,6 @@ class Tokenizer:
         return self._guarded.encode(hidden.split(text))
 
 
-def _token_text(value: Any) -> str | None:
-    """A special token in tokenizer_config.json is its text or an object around it."""
-    text = value.get("content") if isinstance(value, dict) else value
-    return text if isinstance(text, str) else None
-
-
 def _end_tokens(folder: Path, config: dict[str, Any], texts: dict[str, str], backend: tokenizers.Tokenizer) -> set[int]:
     """The tokens that end a turn: all that any of the folder's files calls so, by id or by text."""
     said = {
@@ -192,18 +194,6 @@ def _end_tokens(folder: Path, config: dict[str, Any], texts: dict[str, str], bac
 def _line(error: Exception) -> str:
     """What an error of another library says, in one line."""
     return " ".join(str(error).split())[:300].rstrip(".")
-
-
-def _from_transformers(folder: Path, settings: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """For folders without tokenizer.json (vocab.json and merges.txt, tokenizer.model): transformers converts them."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        backend = tokenizer.backend_tokenizer
-    except Exception as error:  # whatever the conversion of an unknown format runs into
-        raise ParameterError("model", problem("text.no_tokenizer", folder=folder, reason=_line(error))) from error
-    return backend, {**settings, **tokenizer.special_tokens_map}
 
 
 def _byte_reader(backend: tokenizers.Tokenizer) -> Callable[[str], bytes]:

@@ -20,8 +20,7 @@ from miniserve.worker.ranks import Ranks, follow
 
 _born = time.monotonic()
 SWEEPS = 20
-"""How often a worker tries to delete the run's directory: of a frontend that was killed the kernel may close our pipe
-before it lets go of the lock."""
+"""How often a worker tries to delete the run's directory: a killed frontend's lock may outlive its pipe a little."""
 
 
 def main() -> int:
@@ -74,9 +73,8 @@ def run(spec: WorkerSpec) -> int:
             reason = " ".join(broken.split())
             trace = traceback.format_exc()
         outboxes.send(spec.frontend, StartFailed(reason, trace))
-        failures.append(
-            error
-        )  # kept until the frontend has it: torch may abort the process when a broken device's tensors go
+        # Kept until the frontend has it: torch may abort the process when a broken device's tensors go.
+        failures.append(error)
     ranks.close()
     inbox.close()
     outboxes.close(linger_ms=1000 if failures else 200)

@@ -26,8 +26,7 @@ class Admissions:
     watermark: int
 
     def try_admit(self, sequence: Sequence, running: list[Sequence], counters: Counters, now: float) -> Admission:
-        """Give a waiting sequence all pages of its tokens, if it may have them now; it moves to the state in which its
-        prompt is computed, here or elsewhere."""
+        """Give a waiting sequence all pages of its tokens, if it may have them now, and move it to its next state."""
         if self.disk is not None:
             load = sequence.load
             if load is None or (load.turn != sequence.turn and load.whole):
@@ -37,7 +36,11 @@ class Admissions:
                 return Admission.LOADING
         if (deferral := sequence.deferral) is not None and self._holds(deferral, sequence, running, now):
             return deferral.admission
-        matched, slots, known = self._match(sequence)
+        # The last token is always computed: its logits give the next one.
+        hashes = sequence.hashes(self.page_tokens)[: sequence.findable // self.page_tokens]
+        matched = self.pool.match(hashes)
+        slots = self.host.match(hashes[len(matched) :], sequence.keep) if self.host is not None else []
+        known = len(matched) + len(slots)
         state: tuple[list[int], list[int]] = [], []
         if self.snapshots is not None:
             matched, slots, state = self._cut(sequence, matched, slots, now)
@@ -66,7 +69,7 @@ class Admissions:
             self.host.restore(slots, sequence.pages[len(matched) : found], now)
             sequence.register(self.pool, self.page_tokens)
         if self.snapshots is not None:
-            self._begin(self.snapshots, sequence, state, known * self.page_tokens, now)
+            self.snapshots.begin(sequence, *state, known * self.page_tokens, now)
         if sequence.cached is None:
             sequence.admitted = now
             sequence.cached = sequence.computed
@@ -106,16 +109,6 @@ class Admissions:
         known = deferral.page < len(hashes) and hashes[deferral.page] in self.pool
         return bool(running) and not known and self.pool.freed == deferral.freed and now < deferral.until
 
-    def _match(self, sequence: Sequence) -> tuple[list[int], list[int], int]:
-        """Cached pages for the prefix, slots of host memory for what follows them, and how many pages that are.
-
-        The last token is always computed: its logits give the next one.
-        """
-        hashes = sequence.hashes(self.page_tokens)[: sequence.findable // self.page_tokens]
-        pages = self.pool.match(hashes)
-        slots = self.host.match(hashes[len(pages) :], sequence.keep) if self.host is not None else []
-        return pages, slots, len(pages) + len(slots)
-
     def _cut(
         self, sequence: Sequence, pages: list[int], slots: list[int], now: float
     ) -> tuple[list[int], list[int], tuple[list[int], list[int]]]:
@@ -130,25 +123,13 @@ class Admissions:
         self._release(sequence, pages[count:], slots[from_host:], now)
         return pages[:count], slots[:from_host], (state[0], state[1])
 
-    def _begin(
-        self, snapshots: Snapshots, sequence: Sequence, state: tuple[list[int], list[int]], known: int, now: float
-    ) -> None:
-        """Bring back what of the snapshot is in host memory, and begin with it. `known` tokens were found in pages."""
-        pages, slots = state
-        if self.host is not None and slots:
-            back, sequence.arriving = sequence.arriving[: len(slots)], sequence.arriving[len(slots) :]
-            self.host.restore(slots, back, now)
-            pages = pages + back
-        snapshots.begin(sequence, pages, known, now)
-
     def _release(self, sequence: Sequence, pages: list[int], slots: list[int], now: float) -> None:
         self.pool.release(pages, sequence.needed_soon, now)
         if self.host is not None:
             self.host.release(slots, sequence.needed_soon, now)
 
     def _is_being_computed(self, sequence: Sequence, matched: int, running: list[Sequence]) -> bool:
-        """Whether a running prefill will soon register a page after the first `matched` ones, the next of those that it
-        has registered itself."""
+        """Whether a page that a running prefill registers next follows on the first `matched` ones of `sequence`."""
         limit = sequence.findable // self.page_tokens if self.pool.caching else 0
         ours = sequence.hashes(self.page_tokens)
         for other in running:

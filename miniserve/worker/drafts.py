@@ -12,15 +12,12 @@ LONGEST_PAUSE = 64
 
 class Drafter:
     """Drafts of one sequence, from its own tokens. Their length follows what has held: a draft that held to its end
-    doubles the next one; one that did not hold at all is followed by a pause, longer each time.
-
-    With the token before it, a first draft fills half of a step's `rows`, a longest one all of them.
-    """
+    doubles the next one; one that did not hold at all is followed by a pause, longer each time. With the token before
+    it, a first draft fills half of a step's `rows`, a longest one all of them."""
 
     def __init__(self, rows: int) -> None:
         self._first, self._most = max(rows // 2 - 1, 1), max(rows - 1, 1)
-        self._after: dict[tuple[int, ...], int] = {}
-        """Where the token after each n-gram is, the last time that it came."""
+        self._after: dict[tuple[int, ...], int] = {}  # where the token after each n-gram is, the last time that it came
         self._indexed = NGRAM
         self._length = self._first
         self._pause = 0

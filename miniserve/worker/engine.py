@@ -71,8 +71,7 @@ class Engine:
         self._refused: list[tuple[Sequence, str]] = []
         """Sequences whose grammar cannot be followed, since the last step, and why."""
         self._in_flight: InFlight | None = None
-        self._ended = 0.0
-        """When the last step ended."""
+        self._ended = 0.0  # when the last step ended
         self.watermark = max(1, self.pool.num_pages // 100)
         """Pages that are kept back for running sequences to grow into."""
         self._admissions = Admissions(self.pool, self.host, self.disk, self.snapshots, self.page_tokens, self.watermark)
@@ -154,8 +153,7 @@ class Engine:
             self.snapshots.leave(sequence)
 
     def unpublish(self, sequence: Sequence) -> None:
-        """It is over, and the pages become ordinary prefix cache: another worker that they were published for has them,
-        or does not want them."""
+        """It is over, and the pages become ordinary prefix cache: the other worker has them, or does not want them."""
         sequence.move(State.FINISHED)
         self._give_back(sequence, sequence.keep)
 
@@ -180,10 +178,8 @@ class Engine:
 
     def admit(self) -> list[Sequence]:
         """Give pages to waiting sequences in their order, as many as fit. One that waits for its grammar, for pages
-        from disk, or for a page that is just being computed, lets the others pass.
-
-        Returns those whose KV comes from another worker: all their pages are reserved now.
-        """
+        from disk, or for a page that is just being computed, lets the others pass. Returns those whose KV comes from
+        another worker: all their pages are reserved now."""
         if self.disk is not None:
             self.disk.poll(self.clock())
         passed: list[Sequence] = []

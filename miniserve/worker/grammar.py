@@ -15,8 +15,7 @@ THREADS = 2
 
 @dataclass
 class Matcher:
-    """Where one output stands in its grammar. `error` is a sentence that says why it cannot go on; empty while it
-    can."""
+    """Where one output stands in its grammar; `error` is a sentence that says why it cannot go on, if it cannot."""
 
     matcher: LLMatcher
     vocab_size: int
@@ -24,8 +23,7 @@ class Matcher:
     followed: int = 0
 
     def follow(self, outputs: list[int]) -> None:
-        """Take in those of all `outputs` that are new. So it goes on after a handoff or a crash from whatever tokens
-        there are."""
+        """Take in what is new of all `outputs`: so it goes on after a handoff or a crash from what there is."""
         fresh = outputs[self.followed :]
         self.followed = len(outputs)
         if not self.error and not self.matcher.consume_tokens(list(fresh)):
@@ -33,8 +31,7 @@ class Matcher:
 
 
 class Grammars:
-    """Compiles for one worker. `make` is called once, beside the caller: it may raise `ParameterError`, which then is
-    the fate of every grammar."""
+    """Compiles for one worker. `make` is called once, in a thread; its `ParameterError` fails all grammars."""
 
     def __init__(self, make: Callable[[], Compiler]) -> None:
         self._pool = ThreadPoolExecutor(THREADS, "grammar")
@@ -48,8 +45,7 @@ class Grammars:
         return self._compiler
 
     def start(self, grammar: Grammar, outputs: list[int]) -> Future[Matcher]:
-        """Begin to make what follows `grammar`, from behind the `outputs` that a turn has already. The future raises
-        `GrammarError`."""
+        """Begin to make what follows `grammar` behind the `outputs` of a turn. The future raises `GrammarError`."""
         return self._pool.submit(self._make, self.prepare(), grammar, outputs)
 
     def _make(self, making: Future[Compiler], grammar: Grammar, outputs: list[int]) -> Matcher:

@@ -41,10 +41,8 @@ class MessageSink(Protocol):
 @dataclass(eq=False)
 class Worker:
     """Drives one engine by messages: `work` is a round of its loop. Replies go to `frontend`, handoffs to peers.
-
     `ranks` are the worker's further processes. `clock` is the host's monotonic clock, in seconds; the simulator has one
-    of its own, and no process.
-    """
+    of its own, and no process."""
 
     name: str
     engine: Engine
@@ -60,10 +58,8 @@ class Worker:
 
     def __post_init__(self) -> None:
         self.stopping = False
-        self._early: list[messages.Envelope] = []
-        """Messages of peers that have not been announced yet."""
-        self._addresses: set[str] = set()
-        """The inboxes of the workers that live."""
+        self._early: list[messages.Envelope] = []  # messages of peers that have not been announced yet
+        self._addresses: set[str] = set()  # the inboxes of the workers that live
         self._outputs: list[messages.TurnOutput] = []
         self._moves: list[messages.Move] = []
         self._stopped: list[str] = []
@@ -74,8 +70,7 @@ class Worker:
 
     @property
     def rest(self) -> float:
-        """How long the next round may wait for messages, in seconds. After a step what waited may have room: only a
-        round that computed nothing is followed by a rest."""
+        """How long the next round may wait for messages, in seconds: not after a step, which may have made room."""
         if not self._idle:
             return 0.0
         soon = self.handoffs.receiver.copying or self.engine.expecting
@@ -120,8 +115,7 @@ class Worker:
         """Act on one message. Those of peers count only from the incarnation that lives now."""
         match envelope.body:
             case body if isinstance(body, messages.PeerMessage):  # first, since a `Prefill` is a `Run` too
-                peer = self.handoffs.peers.get(envelope.sender)
-                if peer is not None and peer.epoch == envelope.epoch:
+                if self.handoffs.peers.lives(envelope.sender, envelope.epoch):
                     self.handoffs.handle(envelope.sender, body)
                 elif self.handoffs.peers.is_early(envelope.sender, envelope.epoch):
                     self._early.append(envelope)  # this worker was announced to the peer before the peer to this one

@@ -37,8 +37,7 @@ EXPLAINED = 1
 
 
 class Ranks:
-    """The others, as rank 0 has them; none where the worker is one process, nor in the other ranks. `spec` is this
-    process's."""
+    """The others, as rank 0 has them; none where the worker is one process, and in other ranks. `spec` is our own."""
 
     def __init__(self, spec: WorkerSpec, outboxes: Outboxes) -> None:
         self.pools: list[messages.PoolInfo] = []
@@ -177,7 +176,7 @@ class Follower:
             case messages.Peers(peers):
                 self.peers.replace(peers)
             case rank_messages.Store(number, peer, theirs, ours, lease):
-                if (transfer := self.peers.transfer(peer)) is not None:
+                if (transfer := self.peers.ways.get(peer)) is not None:
                     self.storing[number] = transfer.fetch(theirs, ours, lease)
                 else:
                     self.reply(rank_messages.Stored(number, f"rank {self.rank} has no way to its pages"))

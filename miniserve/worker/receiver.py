@@ -18,8 +18,7 @@ log = logging.getLogger("miniserve.handoff")
 
 @dataclass
 class Pull:
-    """A handoff under way: `sequence` is filled from `source`, at most until `deadline`. The pages of its first
-    `reached` tokens are there, or `arriving`."""
+    """A handoff from `source`, until `deadline`: pages of the first `reached` tokens are here, or `arriving`."""
 
     sequence: Sequence
     source: Peer
@@ -34,8 +33,7 @@ class Pull:
     def __post_init__(self) -> None:
         self.near = self.source.address != self.source.far
         self.ahead = 0.0 if self.near else math.inf
-        """By how much our clock seems to be ahead of that of a source on another host: by what its fastest message
-        took."""
+        """By how much our clock seems ahead of a source's on another host: what its fastest message took."""
 
 
 @dataclass(eq=False)
@@ -69,7 +67,7 @@ class Receiver:
     def give_up_the_dead(self, lost: Set[str] = frozenset()) -> None:
         """Go on without peers that live no more, or whose inboxes, at these addresses, are `lost` to us."""
         for turn, pull in list(self.pulls.items()):
-            if not self.peers.lives(pull.source) or pull.source.address in lost:
+            if not self.peers.lives(pull.source.name, pull.source.epoch) or pull.source.address in lost:
                 self._give_up(turn, f"{pull.source.name} is gone")
 
     def request(self, sequence: Sequence) -> None:
@@ -94,7 +92,7 @@ class Receiver:
 
     def _begin(self, sequence: Sequence, source: str, *, history: bool) -> Pull | None:
         """Prepare for pages of `source`; None if there is no way to them."""
-        peer, transfer = self.peers.get(source), self.peers.transfer(source)
+        peer, transfer = self.peers.living.get(source), self.peers.ways.get(source)
         if peer is None or transfer is None:
             log.warning("turn %s: no way to pages of %s, computing them here", sequence.turn, source)
             return None
@@ -211,8 +209,7 @@ class Receiver:
     def abort(self, turn: str) -> None:
         """The client has left: the sender need not go on."""
         if turn in self.pulls:
-            pull = self._drop(turn)
-            self.send(pull.source.address, Release(turn))
+            self.send(self._drop(turn).source.address, Release(turn))
 
     def _drop(self, turn: str) -> Pull:
         """Nothing more is stored for this pull: its pages may be computed here, or be another's, at once."""
@@ -226,6 +223,6 @@ class Receiver:
         """Go on alone from the last token that was verified."""
         pull = self._drop(turn)
         log.warning("turn %s: handoff from %s failed (%s), computing here", turn, pull.source.name, reason)
-        if self.peers.lives(pull.source):
+        if self.peers.lives(pull.source.name, pull.source.epoch):
             self.send(pull.source.address, Release(turn))
         self._go_on(pull)

@@ -19,27 +19,27 @@ SIGNS_OF_LIFE = 4
 
 @dataclass
 class Lease:
-    """A handoff under way: pages are kept for `destination`, those of a `sequence` that is prefilled for it, or the
-    `pages` of a history it has fetched. The first `published` pages of the prompt are known to the receiver."""
+    """The handoff of a `turn`: pages are kept for `destination`, those of a `sequence` that is prefilled for it, or the
+    `pages` of a history it has fetched. The first `published` pages of the prompt are known to the receiver, which gets
+    the pages of the recurrent `state` after them at the end."""
 
+    turn: str
     destination: Peer
     pages: list[int]
     published: int
     deadline: float
     sequence: Sequence | None = None
+    state: list[int] = field(default_factory=list)
 
     @property
-    def unfinished(self) -> Sequence | None:
-        """The sequence while it is still prefilled."""
-        if self.sequence is None or self.sequence.state in (State.PUBLISHED, State.FINISHED):
-            return None
-        return self.sequence
+    def unfinished(self) -> bool:
+        """Whether the sequence is still prefilled."""
+        return self.sequence is not None and self.sequence.state not in (State.PUBLISHED, State.FINISHED)
 
 
 @dataclass(eq=False)
 class Sender:
-    """The handoffs in which this worker gives KV. `abort_fetch` ends what a turn may be fetching itself; the other
-    arguments are those of `Handoffs`."""
+    """The handoffs in which this worker gives KV; `abort_fetch` ends what a turn fetches. See `Handoffs`."""
 
     engine: Engine
     peers: PeerTable
@@ -53,12 +53,12 @@ class Sender:
 
     def release_the_dead(self) -> None:
         for turn, lease in list(self.leases.items()):
-            if not self.peers.lives(lease.destination):
-                self._end(turn)
+            if not self.peers.lives(lease.destination.name, lease.destination.epoch):
+                self.on_release(turn)
 
     def on_prefill(self, message: Prefill, destination: str) -> None:
         """Queue a prefill for another worker, or refuse what can never fit."""
-        peer = self.peers[destination]
+        peer = self.peers.living[destination]
         size = self.engine.page_tokens
         pages = -(-len(message.tokens) // size)
         if not 0 < len(message.tokens) < self.engine.max_model_len or pages > self.engine.pool.num_pages:
@@ -68,7 +68,7 @@ class Sender:
         sequence.prefill_for, sequence.history_pages = destination, message.have // size
         sequence.history_at = destination if message.share_history else None
         deadline = self.clock() + self.patience
-        self.leases[message.turn] = Lease(peer, [], message.have // size, deadline, sequence)
+        self.leases[message.turn] = Lease(message.turn, peer, [], message.have // size, deadline, sequence)
         self.engine.add(sequence)
 
     def publish(self, sequence: Sequence, first: FirstToken | None) -> None:
@@ -82,8 +82,8 @@ class Sender:
             return
         hashes = sequence.given_hashes(size)[lease.published : ready]
         pages = sequence.pages[lease.published : ready]
-        state = [page for at in sequence.snapshots if first and at.tokens == handed for page in at.pages]
-        self._offer(sequence.turn, lease, pages, hashes, last=first is not None, commit=first, state=state)
+        lease.state = [page for at in sequence.snapshots if first and at.tokens == handed for page in at.pages]
+        self._offer(lease, pages, hashes, last=first is not None, first=first)
         if first:
             self.engine.publish(sequence)
 
@@ -100,56 +100,41 @@ class Sender:
             # As far as there is a snapshot.
             while count and not (state := snapshots.match(message.hashes[count - 1])):
                 count -= 1
-        lease = Lease(self.peers[destination], pages + state, message.first, 0.0)
+        lease = Lease(message.turn, self.peers.living[destination], pages, message.first, 0.0, state=state)
         self.leases[message.turn] = lease
         for start in range(0, max(count, 1), PIECE):
             end = min(start + PIECE, count)
-            last = end == count
-            what = pages[start:end], message.hashes[start:end]
-            self._offer(message.turn, lease, *what, last=last, state=state if last else [])
+            self._offer(lease, pages[start:end], message.hashes[start:end], last=end == count, first=None)
 
-    def _offer(
-        self,
-        turn: str,
-        lease: Lease,
-        pages: list[int],
-        hashes: list[bytes],
-        last: bool,
-        commit: FirstToken | None = None,
-        state: list[int] | None = None,
-    ) -> None:
-        """Publish the next `pages` of a lease, which have these `hashes`, and perhaps the `state` after them."""
-        peer, now = lease.destination, self.clock()
+    def _offer(self, lease: Lease, pages: list[int], hashes: list[bytes], last: bool, first: FirstToken | None) -> None:
+        """Publish the next `pages` of a lease, which have these `hashes`, and with the `last` ones the state."""
+        now, history, state = self.clock(), lease.sequence is None, lease.state if last else []
         lease.deadline = now + self.patience
-        history = lease.sequence is None
-        message = Publish(turn, lease.published, pages, hashes, now, lease.deadline, last, commit, history, state or [])
-        self.send(peer.address, message)
+        what = lease.turn, lease.published, pages, hashes, now, lease.deadline, last, first, history, state
+        self.send(lease.destination.address, Publish(*what))
         lease.published += len(pages)
-
-    def on_release(self, turn: str) -> None:
-        if turn in self.leases:
-            self._end(turn)
 
     def expire(self) -> None:
         """End the leases whose deadline has passed; assure the receivers of unfinished prefills that these go on."""
         now = self.clock()
         for turn, lease in list(self.leases.items()):
-            if lease.unfinished is not None:
+            if lease.unfinished:
                 # Only while there is progress: two workers whose pages wait for each other must not do so for ever.
                 late = now > lease.deadline - self.patience * (1 - 1 / SIGNS_OF_LIFE)
                 if late and self.engine.has_work:
-                    self._offer(turn, lease, [], [], last=False)
+                    self._offer(lease, [], [], last=False, first=None)
             elif now > lease.deadline:
                 log.warning("turn %s: %s did not fetch its pages in time", turn, lease.destination.name)
-                self._end(turn)
+                self.on_release(turn)
 
-    def _end(self, turn: str) -> None:
-        """Give the pages back, and drop the work if it is not done."""
-        lease = self.leases.pop(turn)
-        if lease.unfinished is not None:
+    def on_release(self, turn: str) -> None:
+        """The handoff is over, if there is one: give the pages back, and drop the work if it is not done."""
+        if (lease := self.leases.pop(turn, None)) is None:
+            return
+        if lease.unfinished:
             self.abort_fetch(turn)
             self.engine.abort(turn)
         elif lease.sequence is None:
-            self.engine.pool.release(lease.pages, Keep(), self.clock())
+            self.engine.pool.release(lease.pages + lease.state, Keep(), self.clock())
         elif lease.sequence.state is State.PUBLISHED:
             self.engine.unpublish(lease.sequence)

@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import re
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -33,8 +34,7 @@ CPU_SNAPSHOTS = 32
 CPU_BATCHED_TOKENS = 512
 CUDA_BATCHED_TOKENS = 8192
 CUDA_RUNTIME_BYTES = 1200 * 2**20
-"""What a process takes on a GPU beside weights, KV and the activations of a step: CUDA's context, graphs, workspaces. A
-guess (docs/gpu.md)."""
+"""Of CUDA's context, graphs and workspaces on a GPU: a guess (docs/gpu.md)."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,11 @@ class Choices:
         overlap = on_gpu if config.async_scheduling is None else config.async_scheduling
         # A recurrent state that has taken in a wrong draft could not be put back.
         drafts = (not on_gpu if config.prompt_lookup is None else config.prompt_lookup) and state is None
-        max_model_len = choose_max_model_len(config.max_model_len, model)
+        max_model_len = model.max_len if config.max_model_len is None else config.max_model_len
+        if max_model_len > model.max_len:
+            raise ConfigError(problem("worker.long_context", asked=max_model_len, most=model.max_len))
+        if max_model_len < 2:
+            raise ConfigError("--max-model-len must be at least 2.")
         slot = state.pages(shape.bytes) * shape.bytes if state else 0
         sequences = choose_sequences(config, slot, device)
         given = files, shard, device, dtype, max_model_len, shape, state, sequences, budget
@@ -98,8 +102,7 @@ class Choices:
 
 
 def check_quantization(asked: str | None, method: str) -> None:
-    """Raises `ConfigError` where --quantization asks for something else than the files are, or may become. `method` is
-    that of the files."""
+    """Raises `ConfigError` where --quantization asks for what files of this `method` are not, and may not become."""
     if method and asked not in (None, method):
         raise ConfigError(problem("worker.quantized_already", method=method, asked=asked))
     if not method and asked is not None and asked not in QUANTIZATIONS:
@@ -107,16 +110,12 @@ def check_quantization(asked: str | None, method: str) -> None:
 
 
 def choose_device(name: str, rank: int = 0) -> torch.device:
-    """`auto` is CUDA where there is one; the `rank` of a worker has the GPU so many after the named one. Raises
-    `ConfigError`."""
+    """`auto` is CUDA, if any; a `rank` has the GPU so many after the named one. Raises `ConfigError`."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"--device {name!r} is unknown: use auto, cpu or cuda.") from error
-    if device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"(cpu|cuda)(:\d\d?)?", name):
         raise ConfigError(f"--device {name!r} is not supported: use auto, cpu or cuda.")
+    device = torch.device(name)
     if device.type == "cpu":
         return device
     if not torch.cuda.is_available():
@@ -135,17 +134,6 @@ def choose_dtype(name: str, model: ModelConfig, device: torch.device) -> torch.d
             return torch.bfloat16 if half and native_bf16() else torch.float32
         return torch.bfloat16 if model.dtype is torch.float32 else model.dtype
     return DTYPES[{"half": "float16", "float": "float32"}.get(name, name)]
-
-
-def choose_max_model_len(asked: int | None, model: ModelConfig) -> int:
-    """Tokens of prompt and output together. Raises `ConfigError` past what the model was made for."""
-    if asked is None:
-        return model.max_len
-    if asked > model.max_len:
-        raise ConfigError(f"--max-model-len {asked} is more than the {model.max_len} tokens this model was made for.")
-    if asked < 2:
-        raise ConfigError("--max-model-len must be at least 2.")
-    return asked
 
 
 def choose_sequences(config: EngineConfig, slot: int, device: torch.device) -> int:
@@ -178,11 +166,9 @@ def prepare_cpu(config: EngineConfig) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc's malloc to reuse large blocks instead of giving them back to the kernel.
-
-    Activations are megabytes, freed and taken again thousands of times a second; by default each time costs a mmap
-    and its page faults. Measured on 2 cores of an EPYC: linears of a 512-token prefill, 457 -> 308 ms.
-    """
+    """Tell glibc's malloc to reuse large blocks instead of giving them back to the kernel. Activations are megabytes,
+    freed and taken again thousands of times a second; by default each time costs a mmap and its page faults. Measured
+    on 2 cores of an EPYC: linears of a 512-token prefill, 457 -> 308 ms."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
@@ -217,24 +203,16 @@ def size_pool(config: EngineConfig, choices: Choices, weights: int, activations:
     state, snapshot = choices.state_bytes, choices.snapshot
     if config.kv_cache_memory is not None:
         size, how = config.kv_cache_memory, "--kv-cache-memory"
-    elif device.type == "cuda" and config.sharing > 1:
-        # What is free now says little: the other workers load at the same time.
-        free, total = torch.cuda.mem_get_info(device)
-        share = int(config.gpu_memory_utilization * total / config.sharing)
-        used = torch.cuda.memory_reserved(device) + activations + state + CUDA_RUNTIME_BYTES
-        size = min(share - used, free)
-        how = (
-            f"{config.gpu_memory_utilization:.0%} of {format_bytes(total)} / {config.sharing} workers on {device}, "
-            f"less {format_bytes(used, up=True)} for weights, a step and runtime"
-        )
     elif device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        size = int(free - (1 - config.gpu_memory_utilization) * total) - activations - state
-        how = (
-            f"{config.gpu_memory_utilization:.0%} of {format_bytes(total)}, less what is in use and "
-            f"{format_bytes(activations, up=True)} for a step"
-            + (f" and {format_bytes(state, up=True)} for recurrent state" if state else "")
-        )
+        shared = config.sharing > 1
+        # Of a GPU that workers share, what is free now says little: the others load at the same time.
+        used = torch.cuda.memory_reserved(device) + CUDA_RUNTIME_BYTES if shared else total - free
+        used += activations + state
+        size = min(int(config.gpu_memory_utilization * total / config.sharing) - used, free)
+        rest = f"a step of {format_bytes(activations, up=True)}{', recurrent state' if state else ''} and runtime"
+        of = f"{format_bytes(total)} / {config.sharing} workers on {device}" if shared else format_bytes(total)
+        how = f"{config.gpu_memory_utilization:.0%} of {of}, less {format_bytes(used, up=True)} for weights, {rest}"
     else:
         available, swap = memory_available(), config.swap_space
         parts = {"weights": weights, "runtime": CPU_RUNTIME_BYTES, "swap space": swap, "recurrent state": state}

@@ -73,11 +73,8 @@ class Snapshots:
         """The pages of the snapshot after what `digest` stands for, with a reference more; none if it is not whole."""
         if snapshot_names(digest, 1)[0] not in self.pool:
             return []
-        pages = self.pool.match(snapshot_names(digest, self.slots.pages))
-        if len(pages) < self.slots.pages:
-            self.pool.release(pages, Keep(), 0.0)
-            return []
-        return pages
+        names = snapshot_names(digest, self.slots.pages)
+        return self.pool.match(names) if all(name in self.pool for name in names) else []
 
     def awaits(self, sequence: Sequence, found: int, other: Sequence) -> bool:
         """Whether `other`, which is prefilled here, will leave a snapshot that takes `sequence` further than the
@@ -96,15 +93,18 @@ class Snapshots:
         return True
 
     def reserved(self, sequence: Sequence) -> int:
-        """Pages that a sequence gets with those of its tokens: for a state that comes from another worker, or that is
-        handed over."""
+        """Pages that a sequence gets for a state that comes from another worker, or that is handed over."""
         moves = sequence.prefill_at or sequence.prefill_for or sequence.history_at
         return self.slots.pages if moves and self.handed(sequence) else 0
 
-    def begin(self, sequence: Sequence, pages: list[int], known: int, now: float) -> None:
-        """Give an admitted sequence a slot with the state after its computed tokens: that in `pages`, if there are any.
-        `known` tokens of the prompt were found in pages."""
+    def begin(self, sequence: Sequence, pages: list[int], slots: list[int], known: int, now: float) -> None:
+        """Give an admitted sequence a slot with the state after its computed tokens, that in `pages` and in `slots` of
+        host memory if there is any. `known` tokens of the prompt were found in pages."""
         sequence.slot = self._free.pop()
+        if self.host is not None and slots:
+            back, sequence.arriving = sequence.arriving[: len(slots)], sequence.arriving[len(slots) :]
+            self.host.restore(slots, back, now)
+            pages = pages + back
         if not pages:
             self.slots.clear(sequence.slot)
         else:
@@ -158,8 +158,7 @@ class Snapshots:
                     snapshot.pages = []
 
     def shed(self, running: list[Sequence], now: float) -> bool:
-        """Give up the unfinished snapshots of sequences that run, since one of them needs a page; whether there were
-        any."""
+        """Give up the unfinished snapshots of running sequences, since one needs a page; whether there were any."""
         rolling = [(s, snapshot) for s in running for snapshot in s.snapshots if snapshot.rolls]
         for sequence, snapshot in rolling:
             sequence.snapshots.remove(snapshot)
@@ -188,8 +187,7 @@ class Snapshots:
         self.register(sequence, now)
 
     def end(self, sequence: Sequence, keep: Keep, now: float) -> None:
-        """The sequence is over here, or preempted: its snapshots take the place of those that its conversation left
-        before, and its slot is free."""
+        """The sequence is over here, or preempted: its snapshots replace earlier ones of its conversation."""
         for snapshot in sequence.snapshots:
             if snapshot.rolls and snapshot.tokens <= sequence.computed:
                 self._name(sequence, snapshot)

@@ -17,9 +17,8 @@ scored, then for each `Work` that samples the next token, and one after each tok
 class Work(msgspec.Struct, frozen=True, eq=False):
     """What a step does for one sequence: it computes the KV of the next `count` tokens from position `start` on. One
     that `samples` is complete with these: the step samples its next token. Then it also computes the tokens of `draft`,
-    which may follow on that one, and samples what comes after each of them. Of its first tokens `scored` tell the
-    log-probability of the token that follows in the prompt, where that is wanted.
-    """
+    which may follow, and samples after each. Of its first tokens `scored` tell the log-probability of the next one in
+    the prompt."""
 
     sequence: Sequence
     start: int

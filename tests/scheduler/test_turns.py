@@ -116,7 +116,7 @@ def test_turns_wait_for_a_decoder_that_returns() -> None:
 
 def test_a_stream_at_home_on_a_prefiller_outlives_the_last_decoder() -> None:
     made = scheduler("p0", "d0", policy="observe")
-    found = made.conversations.find("a", token_bytes([1]), page_chain([1], "", PAGE), 0.0).conversation
+    found = made.conversations.find("a", token_bytes([1]), page_chain([1], "", PAGE), 0.0)[0]
     found.home = "p0"
     home, run = run_of(submit(made, "t", [1] * 40, key="a"))
     assert home == "p0"
@@ -128,7 +128,7 @@ def test_a_stream_at_home_on_a_prefiller_outlives_the_last_decoder() -> None:
 
 def test_a_conversation_that_lives_on_a_prefiller_goes_on_while_the_decoder_is_away() -> None:
     made = scheduler("p0", "d0", policy="observe")
-    found = made.conversations.find("a", token_bytes([1]), page_chain([1], "", PAGE), 0.0).conversation
+    found = made.conversations.find("a", token_bytes([1]), page_chain([1], "", PAGE), 0.0)[0]
     found.home = "p0"
     _, run = run_of(submit(made, "t", [1] * 40, key="a"))
     end(made, "p0", run.turn)

@@ -22,7 +22,7 @@ class SlowStore:
     def __init__(self, side: Side, monkeypatch) -> None:
         self.log: list[str] = []
         self.unfinished: list[Storing] = []
-        transfer = side.handoffs.peers.transfer("p0")
+        transfer = side.handoffs.peers.ways["p0"]
         fetch = transfer.fetch
         monkeypatch.setattr(transfer, "fetch", lambda *what: Storing(self, lambda: fetch(*what)))
 

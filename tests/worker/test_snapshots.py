@@ -365,7 +365,7 @@ def test_a_snapshot_has_a_name_when_its_copy_is_complete() -> None:
     snapshots = Snapshots(slots, pool, None, 4)
     sequence = Sequence("t", [1] * 6, PARAMS, 0, b"root")
     sequence.pages = pool.allocate(2, 0.0)
-    snapshots.begin(sequence, [], 0, 0.0)
+    snapshots.begin(sequence, [], [], 0, 0.0)
     snapshots.launched(Work.next(sequence, sequence.next_piece), 0.0)
     assert not slots.waited
     sequence.computed = 4

@@ -134,7 +134,11 @@ class CountTokensRequest(SamplingFields):
         own = {number: _chat_tool(number, tool) for number, tool in enumerate(self.tools or []) if _own(tool)}
         check_tools([*own.values()], [*own])
         tools: dict[str, Tool] = {tool["function"]["name"]: tool for tool in own.values()}
-        system = _system_text(self.system or "", normalize)
+        said = self.system or ""
+        texts = [said] if isinstance(said, str) else [block.text for block in said]
+        if normalize and texts[0].startswith(BILLING):
+            texts[0] = texts[0].partition("\n")[2]
+        system = "\n".join(filter(None, texts))
         messages, referred = _chat_messages(self.messages, tools)
         messages = [{"role": "system", "content": system}, *messages] if system else messages
         continued = self.messages[-1].role == "assistant"
@@ -159,13 +163,6 @@ class CountTokensRequest(SamplingFields):
 
 class MessagesRequest(CountTokensRequest):
     max_tokens: Amount
-
-
-def _system_text(system: str | list[TextBlock], normalize: bool) -> str:
-    texts = [system] if isinstance(system, str) else [block.text for block in system]
-    if normalize and texts and texts[0].startswith(BILLING):
-        texts[0] = texts[0].partition("\n")[2]
-    return "\n".join(text for text in texts if text)
 
 
 def _chat_messages(history: list[MessageParam], tools: Mapping[str, Tool]) -> tuple[list[dict[str, Any]], set[str]]:

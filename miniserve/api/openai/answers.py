@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from miniserve.api.errors import ApiError
@@ -17,6 +18,7 @@ LOWEST = -9999.0
 """Stands for minus infinity, which JSON lacks; as in OpenAI's answers and vLLM's."""
 
 
+@dataclass(eq=False)
 class ChunkWriter(ABC):
     """The part of a `ResponseWriter` that chat and text completions share. `objects` names a whole answer and a chunk.
     If the request asks for token ids, chunks hold them, and each token has a chunk even if it has no text (yet)."""
@@ -24,12 +26,9 @@ class ChunkWriter(ABC):
     ping = COMMENT
     objects: ClassVar[tuple[str, str]]
 
-    def __init__(self, head: AnswerHead, tokenizer: Tokenizer, request: GenerationRequest) -> None:
-        self.head = head
-        self.token_ids = bool(request.return_token_ids)
-        self.prompt_logprobs = request.prompt_logprobs
-        self._tokenizer = tokenizer
-        self._options = request.stream_options or StreamOptions()
+    head: AnswerHead
+    tokenizer: Tokenizer
+    request: GenerationRequest
 
     @abstractmethod
     def shown(
@@ -56,8 +55,8 @@ class ChunkWriter(ABC):
 
     async def stream(self, generation: Generation) -> AsyncIterator[bytes]:
         head = {"object": self.objects[1], **self.head._asdict()}
-        with_usage = bool(self._options.include_usage)
-        continuous = with_usage and bool(self._options.continuous_usage_stats)
+        options = self.request.stream_options or StreamOptions()
+        with_usage, continuous = options.include_usage, options.continuous_usage_stats
 
         def event(choice: Choice, chunk: Mapping[str, Any], opening: bool = False, **beside: Any) -> bytes:
             used = {"usage": usage([choice], opening) if continuous else None} if with_usage else {}
@@ -71,7 +70,7 @@ class ChunkWriter(ABC):
         async for updated in generation.updates():
             chunks: list[bytes] = []
             for choice in updated:
-                by_token = self.token_ids and bool(choice.tokens)
+                by_token = self.request.return_token_ids and bool(choice.tokens)
                 if not (choice.parts or by_token or choice.finish is not None):
                     continue
                 parts, logprobs = choice.take()
@@ -92,8 +91,7 @@ class ChunkWriter(ABC):
 
 
 def usage(choices: Sequence[Choice], opening: bool = False) -> dict[str, Any]:
-    """What one or all choices of a request have used so far; an `opening` has no output yet. A prompt counts once,
-    however many choices it has."""
+    """What choices of a request have used so far, an `opening` no output yet. They share prompts, which count once."""
     prompts = choices[:: choices[0].params.n]
     prompt_tokens = sum(len(choice.prompt) for choice in prompts)
     output_tokens = 0 if opening else sum(choice.output_tokens for choice in choices)
@@ -123,8 +121,10 @@ def chat_logprobs(tokenizer: Tokenizer, entries: list[TokenLogprob]) -> dict[str
     }
 
 
-def prompt_logprobs(tokenizer: Tokenizer, choice: Choice, count: int) -> list[dict[str, Any] | None]:
-    """Those of a prompt as vLLM has them: by token id, with `count` likely ones. The first token has none."""
+def prompt_logprobs(tokenizer: Tokenizer, choice: Choice, count: int | None) -> dict[str, Any]:
+    """Those of a prompt as vLLM has them, by token id, with `count` likely ones; the first token has none."""
+    if count is None:
+        return {}
     found: list[dict[str, Any] | None] = [None]
     for entry in choice.prompt_logprobs:
         ranked = [(rank, *top) for rank, top in enumerate(entry.top[:count], 1)]
@@ -133,4 +133,4 @@ def prompt_logprobs(tokenizer: Tokenizer, choice: Choice, count: int) -> list[di
             text = tokenizer.token_bytes(token).decode("utf-8", "replace")
             named[str(token)] = {"logprob": max(logprob, LOWEST), "rank": rank, "decoded_token": text}
         found.append(named)
-    return found
+    return {"prompt_logprobs": found}

@@ -80,14 +80,9 @@ class ChatRenderer:
 
     def reader(self, prompt: list[int]) -> Reader | None:
         allowed = self._request.allowed_calls
-        return self._dialect.reader(
-            self._tokenizer,
-            allowed.callable,
-            single=allowed.single,
-            first=self._request.format_field is not None,
-            opened=self._reasoned(prompt) == "begun",
-            early=bool(self._request.stream),
-        )
+        opened, first = self._reasoned(prompt) == "begun", self._request.format_field is not None
+        how = {"single": allowed.single, "first": first, "opened": opened, "early": bool(self._request.stream)}
+        return self._dialect.reader(self._tokenizer, allowed.callable, **how)
 
     def _reasoned(self, prompt: list[int]) -> Reasoned:
         continued = None
@@ -106,10 +101,8 @@ class ChatWriter(ChunkWriter):
         return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def beside(self, choice: Choice) -> Mapping[str, Any]:
-        more: dict[str, Any] = {"prompt_token_ids": choice.prompt} if self.token_ids else {}
-        if self.prompt_logprobs is not None:
-            more["prompt_logprobs"] = prompt_logprobs(self._tokenizer, choice, self.prompt_logprobs)
-        return more
+        more = {"prompt_token_ids": choice.prompt} if self.request.return_token_ids else {}
+        return more | prompt_logprobs(self.tokenizer, choice, self.request.prompt_logprobs)
 
     def shown(
         self, choice: Choice, parts: list[Part], logprobs: list[TokenLogprob], *, chunk: bool, ended: bool
@@ -118,10 +111,10 @@ class ChatWriter(ChunkWriter):
         return {
             "index": choice.index,
             **({"delta": _delta(*parts)} if chunk else {"message": _message(parts)}),
-            "logprobs": chat_logprobs(self._tokenizer, logprobs) if scored else None,
+            "logprobs": chat_logprobs(self.tokenizer, logprobs) if scored else None,
             "finish_reason": choice.finish if ended else None,
             **({"stop_reason": choice.stop_reason} if ended else {}),
-            **({"token_ids": choice.take_tokens()} if self.token_ids else {}),
+            **({"token_ids": choice.take_tokens()} if self.request.return_token_ids else {}),
         }
 
 

@@ -2,11 +2,12 @@
 
 import codecs
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
-from miniserve.api.generation import AnswerHead, Choice
+from miniserve.api.generation import Choice
 from miniserve.api.openai.answers import LOWEST, ChunkWriter, prompt_logprobs
 from miniserve.api.openai.schemas import CompletionRequest
 from miniserve.cluster.messages import TokenLogprob
@@ -55,55 +56,6 @@ class CompletionRenderer:
         return None
 
 
-class CompletionWriter(ChunkWriter):
-    """Choices as text completions, whole and in chunks. With `echo` the text of a choice begins with its prompt, unless
-    the answer holds the prompt's ids (as with vLLM)."""
-
-    objects = "text_completion", "text_completion"
-
-    def __init__(self, head: AnswerHead, tokenizer: Tokenizer, request: CompletionRequest) -> None:
-        super().__init__(head, tokenizer, request)
-        self._request = request
-        self._scores: dict[int, CompletionLogprobWriter] = {}
-
-    def opening(self, choice: Choice) -> dict[str, Any] | None:
-        # The prompt's log-probabilities come with the first output.
-        echoed = self._request.echo and choice.params.logprobs is None
-        return self.shown(choice, [], [], chunk=True, ended=False) if echoed else None
-
-    def shown(
-        self, choice: Choice, parts: list[Part], logprobs: list[TokenLogprob], *, chunk: bool, ended: bool
-    ) -> dict[str, Any]:
-        if opens := choice.index not in self._scores:
-            self._scores[choice.index] = CompletionLogprobWriter(self._tokenizer, choice.params)
-        echo = self._echo(choice) if opens and self._request.echo else None
-        answer: dict[str, Any] = {
-            "index": choice.index,
-            "text": (echo or "") + "".join(map(str, parts)),  # without a reader all parts are text
-            "logprobs": self._logprobs(choice, logprobs, echo),
-            "finish_reason": choice.finish if ended else None,
-            "stop_reason": choice.stop_reason if ended else None,
-        }
-        if self.token_ids:
-            answer["prompt_token_ids"] = choice.prompt if opens else None
-            answer["token_ids"] = choice.take_tokens()
-        if self.prompt_logprobs is not None:
-            answer["prompt_logprobs"] = prompt_logprobs(self._tokenizer, choice, self.prompt_logprobs)
-        return answer
-
-    def _echo(self, choice: Choice) -> str:
-        if self.token_ids:
-            return ""
-        prompt = self._request.prompt[choice.index // choice.params.n]
-        return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
-
-    def _logprobs(self, choice: Choice, new: list[TokenLogprob], echo: str | None) -> dict[str, list[Any]] | None:
-        if choice.params.logprobs is None:
-            return None
-        prompt = [] if echo is None else [*zip(choice.prompt, [None, *choice.prompt_logprobs], strict=False)]
-        return self._scores[choice.index].write(new, echo or "", prompt)
-
-
 class CompletionLogprobWriter:
     """Log-probabilities as completions have them, with as many of the likeliest tokens beside each one as `params` say.
     A writer is for one choice: it counts the characters of its text."""
@@ -142,3 +94,46 @@ class CompletionLogprobWriter:
             return data.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+@dataclass(eq=False)
+class CompletionWriter(ChunkWriter):
+    """Choices as text completions, whole and in chunks. With `echo` the text of a choice begins with its prompt, unless
+    the answer holds the prompt's ids (as with vLLM)."""
+
+    objects = "text_completion", "text_completion"
+
+    request: CompletionRequest
+    _scores: dict[int, CompletionLogprobWriter] = field(default_factory=dict)
+
+    def opening(self, choice: Choice) -> dict[str, Any] | None:
+        # The prompt's log-probabilities come with the first output.
+        echoed = self.request.echo and choice.params.logprobs is None
+        return self.shown(choice, [], [], chunk=True, ended=False) if echoed else None
+
+    def shown(
+        self, choice: Choice, parts: list[Part], logprobs: list[TokenLogprob], *, chunk: bool, ended: bool
+    ) -> dict[str, Any]:
+        if opens := choice.index not in self._scores:
+            self._scores[choice.index] = CompletionLogprobWriter(self.tokenizer, choice.params)
+        echo = self._echo(choice) if opens and self.request.echo else None
+        answer: dict[str, Any] = {
+            "index": choice.index,
+            "text": (echo or "") + "".join(map(str, parts)),  # without a reader all parts are text
+            "logprobs": None,
+            "finish_reason": choice.finish if ended else None,
+            "stop_reason": choice.stop_reason if ended else None,
+        }
+        if choice.params.logprobs is not None:
+            prompt = [] if echo is None else [*zip(choice.prompt, [None, *choice.prompt_logprobs], strict=False)]
+            answer["logprobs"] = self._scores[choice.index].write(logprobs, echo or "", prompt)
+        if self.request.return_token_ids:
+            answer["prompt_token_ids"] = choice.prompt if opens else None
+            answer["token_ids"] = choice.take_tokens()
+        return answer | prompt_logprobs(self.tokenizer, choice, self.request.prompt_logprobs)
+
+    def _echo(self, choice: Choice) -> str:
+        if self.request.return_token_ids:
+            return ""
+        prompt = self.request.prompt[choice.index // choice.params.n]
+        return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)

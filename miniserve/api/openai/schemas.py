@@ -43,8 +43,7 @@ class ChatRequest(TemplateFields, GenerationRequest):
 
     @classmethod
     def of(cls, other: RequestBody, **own: Any) -> Self:
-        """The chat of another API's request: its `own` fields, and those of `other` that chats have under the same
-        names. Raises `ParameterError`, `ValidationError`."""
+        """A chat of `own` fields, and of `other`'s of the same names. Raises `ParameterError`, `ValidationError`."""
         same = cls.model_fields.keys() & type(other).model_fields.keys() - own.keys()
         return cls.model_validate({**other.model_dump(include=same, by_alias=True), **own})
 

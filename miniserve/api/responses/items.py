@@ -171,8 +171,7 @@ def messages_of(items: Sequence[Item]) -> tuple[list[dict[str, Any]], dict[str, 
 
 
 def _described(tools: list[dict[str, Any]], found: dict[str, Offered]) -> str:
-    """Tools that come up in the middle of a conversation, for the place where they do: the prompt before it stays as it
-    was. They are added to `found`."""
+    """Tools that come up in mid-conversation, as text, so that the prompt before stays as it was; added to `found`."""
     offered, _ = offered_tools(tools)
     for name, one in offered.items():
         found[name] = one._replace(tool={**one.tool, DEFERRED: True})

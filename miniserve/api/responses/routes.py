@@ -66,9 +66,9 @@ class ResponsesRoutes:
 
     async def create(self, request: Request, body: ResponsesRequest) -> Response:
         """Answer a conversation, or go on with one that is stored; with `stream` true as server-sent events."""
-        previous = self._previous(body)
         new = with_ids(body.items)
-        items = [*self._past(body, previous), *new]
+        previous, past = self._before(body)
+        items = [*past, *new]
 
         def keep(answer: dict[str, Any], choice: Choice) -> None:
             output = OUTPUT.validate_python(answer["output"])
@@ -93,9 +93,9 @@ class ResponsesRoutes:
     async def count_input(self, body: ResponsesRequest) -> Response:
         """How many tokens the prompt of such a request has."""
         self._service.check_model(body.model)
-        past = self._past(body, self._previous(body))
+        items = [*self._before(body)[1], *body.items]
         with errors.renamed("responses"):
-            renderer = await asyncio.to_thread(ResponsesRenderer, self._service, body, [*past, *body.items])
+            renderer = await asyncio.to_thread(ResponsesRenderer, self._service, body, items)
             (prompt,) = await asyncio.to_thread(renderer.prompts)
         return json_answer({"object": "response.input_tokens", "input_tokens": len(prompt)}, body.ignored)
 
@@ -118,13 +118,12 @@ class ResponsesRoutes:
         self._store.delete(response)
         return json_answer({"id": response, "object": "response", "deleted": True})
 
-    def _past(self, body: ResponsesRequest, previous: Stored | None) -> Sequence[Item]:
+    def _before(self, body: ResponsesRequest) -> tuple[Stored | None, Sequence[Item]]:
+        """The response that a request continues, if it names one, and the items before its own. Raises `ApiError`."""
         if body.conversation:
-            return self.conversations.items(body.conversation)
-        return previous.items if previous else ()
-
-    def _previous(self, body: ResponsesRequest) -> Stored | None:
-        """The response that a request continues, None if it names none. Raises `ApiError` if it is not here."""
-        param, id = "previous_response_id", body.previous_response_id
-        more = f" Send the whole conversation as `input`, without `{param}`."
-        return None if id is None else self._store.find(id, param, more)
+            return None, self.conversations.items(body.conversation)
+        if body.previous_response_id is None:
+            return None, ()
+        more = " Send the whole conversation as `input`, without `previous_response_id`."
+        previous = self._store.find(body.previous_response_id, "previous_response_id", more)
+        return previous, previous.items

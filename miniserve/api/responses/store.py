@@ -24,8 +24,7 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 Order = Literal["asc", "desc"]
 MAX_RESPONSES = 10_000
 MAX_TOKENS = 32 * 2**20
-"""Of all responses. Each counts in full, though those of one conversation share what they hold: this is an upper bound,
-and of long conversations the latest responses stay."""
+"""Of all responses. Each counts in full, whatever it shares with others: of long conversations the latest stay."""
 BYTES_PER_TOKEN = 4
 """Of answers, which count too: each repeats its tools and instructions."""
 

@@ -27,9 +27,8 @@ RESPONSE = tables("api/answers.toml")["ResponseOut"]
 
 @dataclass(eq=False)
 class ResponsesWriter:
-    """A `ResponseWriter` of the answer to one request. It makes items of the parts of the answer, as they come, and the
-    events of a stream that announce them. `offered` are the tools that may be called, by their names in the chat, and
-    `keep` stores the answer when that is complete."""
+    """A `ResponseWriter`. It makes items of the parts of the answer, as they come, and the events that announce them.
+    `offered` are the tools that may be called, by their names in the chat; `keep` stores the whole answer."""
 
     ping = COMMENT
 

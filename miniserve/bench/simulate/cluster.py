@@ -20,7 +20,6 @@ from miniserve.scheduler.baselines import make_policy
 from miniserve.scheduler.conversation import UNSAID, Said
 from miniserve.scheduler.scheduler import Scheduler
 from miniserve.scheduler.turns import Command, Deliver, Send
-from miniserve.worker.sequence import Sequence
 
 TICK_SECONDS = 1.0
 
@@ -220,9 +219,8 @@ class Simulation:
             agent.parent.running[agent.script.until] -= 1
             self._go_on(agent.parent)
 
-    def _speak(self, sequence: Sequence, count: int) -> list[int]:
-        said = sequence.num_outputs
-        return self._agents[sequence.turn.rpartition(".")[0]].answer[said : said + count]
+    def _speak(self, run: str, said: int, count: int) -> list[int]:
+        return self._agents[run.rpartition(".")[0]].answer[said : said + count]
 
 
 def _hosts(topology: Topology, devices: int | None) -> dict[str, str]:

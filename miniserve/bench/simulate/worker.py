@@ -55,14 +55,14 @@ Send = Callable[[str, str, float, Message], None]
 
 @dataclass(eq=False)
 class SimulatedWorker:
-    """One worker of the cluster, with its inbox. The simulation calls `round` when it is due. `speak` returns so many
-    next tokens of a complete sequence."""
+    """One worker of the cluster, with its inbox. The simulation calls `round` when it is due. `speak` returns the
+    tokens that a turn's output goes on with after so many, and how many of them."""
 
     name: str
     role: Role
     host: str
     hardware: Hardware
-    speak: Callable[[Sequence, int], list[int]]
+    speak: Callable[[str, int, int], list[int]]
     deliver: Send
     max_model_len: int
     stretch: float
@@ -133,7 +133,8 @@ class SimulatedWorker:
             end = self.now + self.hardware.step_seconds(chunks, len(batch) - len(chunks), kv_tokens)
         self.busy += end - self.now
         self.now = end
-        spoken = [self.speak(work.sequence, work.num_sampled) for work in batch if work.samples]
+        samples = [(work.sequence, work.num_sampled) for work in batch if work.samples]
+        spoken = [self.speak(sequence.turn, sequence.num_outputs, count) for sequence, count in samples]
         sampled: Sampled = [(token, None) for tokens in spoken for token in tokens]
         return lambda: sampled
 
@@ -199,10 +200,10 @@ class Foresight(Drafter):
     """Drafts what a sequence will say, as far as the worker's stride goes."""
 
     def __init__(self, worker: SimulatedWorker, sequence: Sequence) -> None:
-        self._worker, self._sequence = worker, sequence
+        self._worker, self._turn, self._prompt = worker, sequence.turn, len(sequence.tokens) - sequence.num_outputs
 
     def draft(self, tokens: list[int], most: int) -> list[int]:
-        return self._worker.speak(self._sequence, self._worker.stride - 1)
+        return self._worker.speak(self._turn, len(tokens) - self._prompt, self._worker.stride - 1)
 
     def observe(self, drafted: int, held: int) -> None: ...
 
