@@ -38,7 +38,7 @@ def simulate(args: Namespace) -> int:
     workload = filled(WorkloadConfig, args).load(args.rate, args.seed)
     hardware = load_roles(args.hardware, args.tensor_parallel_size, args.swap_space, args.kv_disk_size)
     config = filled(SimulationConfig, args, workload=workload, hardware=hardware)
-    gc.disable()  # nothing of a simulation is a circle, and looking for some takes a tenth of the time
+    gc.disable()  # hardly anything of a simulation is a circle, and looking for some takes a tenth of the time
     try:
         with counting("conversations", len(workload.conversations)) as progress:
             return _write(run.simulate(config, progress), args.json)
