@@ -293,7 +293,7 @@ def test_a_timeline_shows_what_workers_did():
 
 
 def test_memory_does_not_grow_with_what_is_over():
-    """Of a conversation that is over, a few kilobytes are left, whatever its length; the command collects no circles."""
+    """Of a conversation that is over, a few kilobytes are left, though the command collects no circles."""
 
     def used(count: int) -> int:
         gc.collect()
