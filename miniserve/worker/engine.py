@@ -111,7 +111,8 @@ class Engine:
             return
         self._turns[sequence.turn] = sequence
         self.waiting.append(sequence)
-        if self.draft_rows and sequence.prefill_for is None and not sequence.params.looks_back:
+        free = not sequence.params.penalized and sequence.params.grammar is None
+        if self.draft_rows and sequence.prefill_for is None and free:
             sequence.drafter = Drafter(self.draft_rows)
         if sequence.params.grammar is not None and self.grammars is not None:
             sequence.move(State.COMPILING)
