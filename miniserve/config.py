@@ -104,6 +104,7 @@ parse_port = number(int, lambda n: 0 <= n < 65536, "a port from 0 to 65535")
 parse_seconds = number(float, lambda n: 0 <= n < 1e9, "a number of seconds")
 parse_fraction = number(float, lambda n: 0 < n <= 1, "a fraction above 0 and at most 1")
 parse_share = number(float, lambda n: 0 <= n <= 1, "a share from 0 to 1")
+parse_graph_size = number(int, lambda n: 1 <= n <= 512, "a batch size from 1 to 512: write them like 1,2,4,8")
 parse_stretch = number(float, lambda n: n == 0 or 1 <= n <= 1000, "0, or a factor from 1")
 
 
@@ -167,6 +168,11 @@ def parse_devices(text: str) -> list[str]:
     return [f"cuda:{int(m[1])}" for m in found if m]
 
 
+def parse_graph_sizes(text: str) -> list[int]:
+    """Batch sizes from `1,2,4,8`, in order. Raises `ConfigError`."""
+    return sorted({parse_graph_size(size) for size in text.split(",")})
+
+
 class Role(StrEnum):
     """What a worker is for. Both run the same engine."""
 
@@ -216,6 +222,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     cpu_kernels: Literal["auto", "torch"] = "auto"
     prompt_lookup: bool | None = None
     enforce_eager: bool = False
+    cuda_graph_sizes: Annotated[list[Annotated[int, msgspec.Meta(ge=1, le=512)]], parse_graph_sizes] = []
+    """None: those of `worker/graphs.py`."""
     async_scheduling: bool | None = None
     kv_transfer: Literal["auto", "mapped", "collective"] = "auto"
     kv_cache_memory: Annotated[int | None, parse_bytes] = None

@@ -34,7 +34,7 @@ from miniserve.worker import sizing
 from miniserve.worker.batching import Pace
 from miniserve.worker.engine import Engine
 from miniserve.worker.grammar import Grammars
-from miniserve.worker.graphs import DecodeGraphs, GraphOps
+from miniserve.worker.graphs import LADDER, DecodeGraphs, GraphOps, graph_sizes
 from miniserve.worker.runner import ModelRunner
 from miniserve.worker.sequence import Sequence
 from miniserve.worker.snapshots import Snapshots
@@ -94,6 +94,7 @@ def build(
     graph_ops = ops if isinstance(ops, GraphOps) and not config.enforce_eager else None
     if graph_ops is not None and model.experts is not None and not graph_ops.records_mixtures:
         graph_ops = None
+    sizes = graph_sizes(choices.sequences, config.cuda_graph_sizes or LADDER)
     lap("kernels")
     try:
         shown = partial(progress, "weights")
@@ -106,7 +107,7 @@ def build(
         if device.type == "cuda":
             step = sizing.step_bytes(transformer, choices)
             if graph_ops is not None:
-                step += DecodeGraphs.logits_bytes(model.vocab_size, choices.sequences)
+                step += 4 * model.vocab_size * sizes[-1]  # the logits of all graphs
             size = sizing.size_pool(config, choices, weights.num_bytes, step)
             lap("profile")
     except torch.cuda.OutOfMemoryError as error:
@@ -140,7 +141,7 @@ def build(
     state = states.state if states else None
     graphs = None
     if graph_ops is not None:
-        graphs = DecodeGraphs(transformer, graph_ops, memory.pages, state, choices.sequences, longest)
+        graphs = DecodeGraphs(transformer, graph_ops, memory.pages, state, sizes, longest)
         lap("graphs")
     try:  # some models name an end token that they have no row for; it can never be sampled
         eos = frozenset(token for token in tokenizer.result().eos_token_ids if token < model.vocab_size)

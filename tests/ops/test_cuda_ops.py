@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from miniserve.config import ConfigError, parse_graph_sizes
 from miniserve.llm import LLM
 from miniserve.ops.cuda_ops import CudaOps
-from miniserve.ops.cuda_plan import page_tables, workspace_bytes
+from miniserve.ops.cuda_plan import MOST_DECODES, page_tables, workspace_bytes
 from miniserve.ops.decoder import Batch, Experts, Mlp, Sizes
 from miniserve.ops.native import NoKernels
 from miniserve.ops.torch_ops import TorchOps
@@ -255,6 +256,21 @@ def test_graphs_are_recorded_before_anything_is_served(tiny_models, as_on_a_gpu)
     assert (recorder.replays, len(recorder.sizes)) == (10, 5)
 
 
+def test_graph_sizes_may_be_named(tiny_models, as_on_a_gpu) -> None:
+    """More decodes in a step than the last of them says are not replayed; none says more than may run."""
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    llm, recorder = as_on_a_gpu(tiny_models["llama"], cuda_graph_sizes=[3, 1])
+    assert recorder.sizes == [3, 1]
+    llm.generate([[1, 2]] * 4, params, progress=False)
+    assert recorder.replays == 0
+    llm.generate([[1, 2]] * 3, params, progress=False)
+    assert recorder.replays == 5
+    _, recorder = as_on_a_gpu(tiny_models["llama"], cuda_graph_sizes=[2, 4, 8, 16], max_num_seqs=7)
+    assert recorder.sizes == [7, 4, 2]
+    with pytest.raises(ConfigError, match="cuda_graph_sizes"):
+        as_on_a_gpu(tiny_models["llama"], cuda_graph_sizes=[513])
+
+
 def test_experts_that_make_the_host_wait_are_not_recorded(models, as_on_a_gpu, monkeypatch) -> None:
     monkeypatch.setattr(
         CudaOps, "records_mixtures", property(lambda ops: False, lambda ops, value: None), raising=False
@@ -310,4 +326,5 @@ def test_filters_keep_the_same_candidates(params: dict[str, Any]) -> None:
 
 def test_ladder() -> None:
     assert list(LADDER) == sorted(set(LADDER))
+    assert LADDER[-1] == MOST_DECODES == max(parse_graph_sizes("512")), "what a flag may name"
     assert all(b - a <= b / 5 for a, b in pairwise(LADDER) if a >= 32)
