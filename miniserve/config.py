@@ -222,6 +222,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     cpu_kernels: Literal["auto", "torch"] = "auto"
     prompt_lookup: bool | None = None
     enforce_eager: bool = False
+    strict_gpu: bool = False
     cuda_graph_sizes: Annotated[list[Annotated[int, msgspec.Meta(ge=1, le=512)]], parse_graph_sizes] = []
     """None: those of `worker/graphs.py`."""
     async_scheduling: bool | None = None
@@ -243,6 +244,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How many workers share this machine's memory and cores, each rank counted as one."""
     sharing: int = 1
     """How many of them run on this worker's device: on a GPU each may use its share of `gpu_memory_utilization`."""
+
+    def fall_back(self, what: str) -> str:
+        """A worker is to serve with `what`, which is less than the GPU could do; raises `ConfigError` if it may not."""
+        if self.strict_gpu:
+            raise ConfigError(problem("worker.strict_gpu", what=what))
+        return what
 
 
 class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):

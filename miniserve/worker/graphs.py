@@ -5,7 +5,7 @@ next size of a ladder. The rows that are added decode a token at position 0 of t
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -60,17 +60,15 @@ class CudaRecorder:
         with torch.cuda.stream(self._side):
             compute()
         torch.cuda.current_stream().wait_stream(self._side)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads of this process may call CUDA meanwhile: only ours must not do what cannot be recorded.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            compute()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # Other threads of this process may call CUDA meanwhile: only ours must not do what cannot be recorded.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                compute()
+        finally:
+            torch.cuda.set_stream(current)  # torch stays in its own if CUDA gives the recording up
         self._pool = graph.pool()
         return graph.replay
-
-
-def graph_sizes(most: int, ladder: Iterable[int]) -> list[int]:
-    """Those of a `ladder`, in order, that steps of up to `most` decodes need: its next one is cut to these."""
-    return sorted({min(size, most) for size in ladder})
 
 
 @dataclass(eq=False)

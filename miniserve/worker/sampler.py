@@ -82,12 +82,12 @@ TAIL = 64
 """So many tokens of a sequence are sent to its device anew in each step, at most; those before them are there."""
 
 
+@dataclass
 class Penalties:
     """Makes tokens that a sequence has, or has said, less likely. The first tokens of each sequence stay on the device
     as long as there is the sequence, 4 bytes each: so a step's work on the host does not grow with them."""
 
-    def __init__(self) -> None:
-        self._kept: WeakKeyDictionary[Sequence, torch.Tensor] = WeakKeyDictionary()
+    _kept: WeakKeyDictionary[Sequence, torch.Tensor] = field(default_factory=WeakKeyDictionary)
 
     def apply(self, logits: torch.Tensor, rows: dict[int, Sequence], latest: Latest) -> None:
         """Change these rows of `logits` `[n, vocab]`. A token that a sequence has more than once is computed so many
@@ -119,8 +119,8 @@ class Penalties:
         """Its first tokens, int32: all that there were at the first time, and later all but fewer than `TAIL`."""
         kept = self._kept.get(sequence, torch.empty(0, dtype=torch.int32, device=device))
         if not len(kept) or len(sequence.tokens) - len(kept) >= TAIL:
-            kept = torch.cat((kept, put(sequence.tokens[len(kept) :], device, torch.int32)))
-            self._kept[sequence] = kept
+            new = put(sequence.tokens[len(kept) :], device, torch.int32)
+            self._kept[sequence] = kept = torch.cat((kept, new))
         return kept
 
 

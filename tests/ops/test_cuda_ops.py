@@ -271,6 +271,29 @@ def test_graph_sizes_may_be_named(tiny_models, as_on_a_gpu) -> None:
         as_on_a_gpu(tiny_models["llama"], cuda_graph_sizes=[513])
 
 
+def test_what_cannot_be_recorded_is_computed_without(tiny_models, as_on_a_gpu, monkeypatch) -> None:
+    """Also where it is noticed after some sizes. The banner has the reason, and with --strict-gpu it ends the start."""
+    recorded = Recorder.__call__
+
+    def refuses(self: Recorder, compute: Callable[[], Any]) -> Replay:
+        if len(self.sizes) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+        return recorded(self, compute)
+
+    monkeypatch.setattr(Recorder, "__call__", refuses)
+    items, folder = prompts(5, seed=3), tiny_models["llama"]
+    llm, recorder = as_on_a_gpu(folder)
+    reason = "flashinfer, without CUDA graphs: operation not permitted when stream is capturing"
+    assert llm._built.facts.kernels == reason
+    assert greedy(llm, items, 8) == tiny.reference(folder, items, 8)
+    assert recorder.replays == 0
+    with pytest.raises(ConfigError, match=f"--strict-gpu does not let a worker serve with {reason}. Mend that"):
+        as_on_a_gpu(folder, strict_gpu=True)
+    monkeypatch.setattr(Recorder, "__call__", recorded)
+    llm, _ = as_on_a_gpu(folder, strict_gpu=True)
+    assert llm._built.facts.kernels == "flashinfer"
+
+
 def test_experts_that_make_the_host_wait_are_not_recorded(models, as_on_a_gpu, monkeypatch) -> None:
     monkeypatch.setattr(
         CudaOps, "records_mixtures", property(lambda ops: False, lambda ops, value: None), raising=False
@@ -278,7 +301,7 @@ def test_experts_that_make_the_host_wait_are_not_recorded(models, as_on_a_gpu, m
     for arch in ("mixtral", "llama"):
         llm, recorder = as_on_a_gpu(models[arch])
         greedy(llm, prompts(2), 4)
-        assert (recorder.replays == 0) == (arch == "mixtral")
+        assert (recorder.replays == 0) == (arch == "mixtral") == ("without CUDA graphs" in llm._built.facts.kernels)
 
 
 def test_padding_takes_the_scratch_slot(models, as_on_a_gpu) -> None:
