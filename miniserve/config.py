@@ -224,7 +224,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     enforce_eager: bool = False
     strict_gpu: bool = False
     cuda_graph_sizes: Annotated[list[Annotated[int, msgspec.Meta(ge=1, le=512)]], parse_graph_sizes] = []
-    """None: those of `worker/graphs.py`."""
     async_scheduling: bool | None = None
     kv_transfer: Literal["auto", "mapped", "collective"] = "auto"
     kv_cache_memory: Annotated[int | None, parse_bytes] = None

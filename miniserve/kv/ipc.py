@@ -7,23 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-SIZE = 64
-"""Bytes of a handle of CUDA's; before them torch writes a version, and a letter for the kind of memory."""
-
 
 class Handle(ctypes.Structure):
-    """As it is passed by value."""
+    """CUDA's name of memory. Before it torch writes a version, and a letter for the kind of memory: c for plain one."""
 
-    _fields_ = (("bytes", ctypes.c_ubyte * SIZE),)
+    _fields_ = (("bytes", ctypes.c_ubyte * 64),)
 
 
 def refusal(device: int, handle: bytes) -> str:
     """Why another process cannot open `handle`, torch's for memory of GPU number `device`; empty if it can, or if that
     cannot be tried out. Takes a few tenths of a second."""
     runtime = re.search(r"/\S*/libcudart\.so\S*", Path("/proc/self/maps").read_text())
-    if runtime is None or handle[-SIZE - 1 : -SIZE] != b"c":
+    if runtime is None or handle[-65:-64] != b"c":
         return ""
-    command = [sys.executable, "-I", "-S", __file__, runtime[0], str(device), handle[-SIZE:].hex()]
+    command = [sys.executable, "-I", "-S", __file__, runtime[0], str(device), handle[-64:].hex()]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
     except subprocess.TimeoutExpired as error:

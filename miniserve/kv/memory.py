@@ -108,7 +108,7 @@ class KVMemory:
             _, handle, size, offset, counter, counter_offset = self.pages.untyped_storage()._share_cuda_()[:6]
         except RuntimeError as error:
             return CudaHandle(device, [], b"", 0, 0, b"", 0, str(error).splitlines()[0])
-        others = [other for other in range(torch.cuda.device_count()) if other != device]
-        reach = [device, *(other for other in others if torch.cuda.can_device_access_peer(device, other))]
         refused = refusal(device, handle)
-        return CudaHandle(device, [] if refused else reach, handle, size, offset, counter, counter_offset, refused)
+        gpus = [] if refused else range(torch.cuda.device_count())
+        reach = [gpu for gpu in gpus if gpu == device or torch.cuda.can_device_access_peer(device, gpu)]
+        return CudaHandle(device, reach, handle, size, offset, counter, counter_offset, refused)

@@ -6,6 +6,7 @@ next size of a ladder. The rows that are added decode a token at position 0 of t
 
 from bisect import bisect_left
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -50,7 +51,7 @@ class CudaRecorder:
     stream."""
 
     def __init__(self) -> None:
-        self._pool: Any = None
+        self._pool = torch.cuda.graph_pool_handle()
         # One, since torch has only 32 of them, and gives them out again to others after that.
         self._side = torch.cuda.Stream()
 
@@ -60,14 +61,17 @@ class CudaRecorder:
         with torch.cuda.stream(self._side):
             compute()
         torch.cuda.current_stream().wait_stream(self._side)
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads of this process may call CUDA meanwhile: only ours must not do what cannot be recorded.
+        recording = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
         try:
-            # Other threads of this process may call CUDA meanwhile: only ours must not do what cannot be recorded.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.stream(torch.cuda.current_stream()), recording:
                 compute()
-        finally:
-            torch.cuda.set_stream(current)  # torch stays in its own if CUDA gives the recording up
-        self._pool = graph.pool()
+        except RuntimeError:
+            # If CUDA gave it up, torch takes it for still under way; the outer context has come back to our stream.
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self._side.device.index, self._pool)
+            raise
         return graph.replay
 
 
@@ -81,9 +85,8 @@ class DecodeGraphs:
     kv: torch.Tensor
     state: State | None
     sizes: list[int]
-    """In order; a larger batch is not replayed."""
     max_pages: int
-    """Of a sequence."""
+    """Batches of as many sequences as the last of the `sizes`, in order, with up to so many pages each are replayed."""
     record: Callable[[Callable[[], object]], Replay] = field(default_factory=CudaRecorder)
 
     def __post_init__(self) -> None:

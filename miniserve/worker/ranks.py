@@ -201,8 +201,7 @@ class Follower:
 
 
 def open_pool(spec: WorkerSpec, built: Built) -> tuple[Door, messages.PoolInfo]:
-    """Where peers ask for the pages of a rank, and what they have to know of its pool. Raises `ConfigError` where they
-    should be able to map it, with --strict-gpu."""
+    """Where peers ask for the pages of a rank, and what they have to know of its pool. Raises `ConfigError`."""
     pool, engine = built.memory.info(built.layout), spec.engine
     if pool.cuda and pool.cuda.refused and engine.workers > 1 and engine.kv_transfer != "collective":
         engine.fall_back(f"a KV pool that no other process can map by CUDA IPC: {pool.cuda.refused}")

@@ -72,7 +72,7 @@ class ModelRunner:
         self.tell(forward)
         model_batch = self._batch(forward)
         if fed:
-            wanted = self._sampler.latest.of([sequence for _, sequence in fed])
+            wanted = self._sampler.latest([sequence for _, sequence in fed])
             model_batch.tokens.index_copy_(0, put([row for row, _ in fed], self._device), wanted)
         parts = list[Samples]()
 

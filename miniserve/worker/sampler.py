@@ -66,18 +66,6 @@ class Samples:
         return list(zip(tokens, logprobs, strict=True))
 
 
-@dataclass(frozen=True)
-class Latest:
-    """What was sampled last: the row of each sequence, and the tokens, int64 `[rows]` on the device."""
-
-    rows: dict[Sequence, int]
-    tokens: torch.Tensor
-
-    def of(self, sequences: list[Sequence]) -> torch.Tensor:
-        """The tokens of these."""
-        return self.tokens[put([self.rows[sequence] for sequence in sequences], self.tokens.device)]
-
-
 TAIL = 64
 """So many tokens of a sequence are sent to its device anew in each step, at most; those before them are there."""
 
@@ -89,15 +77,15 @@ class Penalties:
 
     _kept: WeakKeyDictionary[Sequence, torch.Tensor] = field(default_factory=WeakKeyDictionary)
 
-    def apply(self, logits: torch.Tensor, rows: dict[int, Sequence], latest: Latest) -> None:
+    def apply(self, logits: torch.Tensor, rows: dict[int, Sequence], latest: torch.Tensor) -> None:
         """Change these rows of `logits` `[n, vocab]`. A token that a sequence has more than once is computed so many
-        times, to the same number. `latest` has the tokens that are still being sampled."""
+        times, to the same number. `latest` are the tokens that are still being sampled, in this order."""
         device, vocab, found = logits.device, logits.shape[1], list(rows.values())
         kept = [self._keep(sequence, device) for sequence in found]
         rest = [s.tokens[len(ids) :] + [0] * s.sampling for s, ids in zip(found, kept, strict=True)]
         new, ends = put([*chain(*rest)], device, torch.int32), accumulate(map(len, rest))
-        if fed := [(end - 1, s) for s, end in zip(found, ends, strict=True) if s.sampling]:
-            new.index_copy_(0, put([at for at, _ in fed], device), latest.of([s for _, s in fed]).int())
+        if fed := [end - 1 for s, end in zip(found, ends, strict=True) if s.sampling]:
+            new.index_copy_(0, put(fed, device), latest.int())
         ids = torch.cat([*chain(*zip(kept, new.split([*map(len, rest)]), strict=True))])
         # Two runs of each sequence: what came before its outputs, and these.
         lengths = [n for s in found for n in (s.given - s.prior, s.num_outputs + s.sampling)]
@@ -131,19 +119,20 @@ class Sampler:
 
     eos: frozenset[int]
     ops: Ops
-    latest: Latest = field(default_factory=lambda: Latest({}, torch.empty(0)))
+    _rows: dict[Sequence, int] = field(default_factory=dict)
+    _tokens: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     _penalties: Penalties = field(default_factory=Penalties)
     _executor: LLExecutor = field(default_factory=LLExecutor)
 
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, sequences: list[Sequence], ahead: list[int] | None = None) -> Samples:
         """One token for each row of `logits` (float32 `[n, vocab]`, changed in place): the next one of
-        `sequences[row]`, or with `ahead` the one that comes so many after it. It will be in `latest`, too."""
+        `sequences[row]`, or with `ahead` the one that comes so many after it."""
         numbers = [s.num_outputs + s.sampling + more for s, more in zip(sequences, ahead or repeat(0), strict=False)]
         reported = [row for row, sequence in enumerate(sequences) if sequence.params.logprobs is not None]
         raw = _rows(logits, reported).log_softmax(-1) if reported else None
         if penalized := {row: sequence for row, sequence in enumerate(sequences) if sequence.params.penalized}:
-            self._penalties.apply(logits, penalized, self.latest)
+            self._penalties.apply(logits, penalized, self.latest([s for s in penalized.values() if s.sampling]))
         for row, sequence in enumerate(sequences):
             self._shape(logits[row], sequence, numbers[row])
         self._follow_grammars(logits, sequences)
@@ -153,11 +142,15 @@ class Sampler:
             points = [uniform(sequences[row].seed, numbers[row]) for row in drawn]
             picked = self._draw(_rows(logits, drawn), [sequences[row].params for row in drawn], points)
             tokens = picked if len(drawn) == len(sequences) else tokens.index_copy(0, put(drawn, logits.device), picked)
-        self.latest = Latest({sequence: row for row, sequence in enumerate(sequences)}, tokens)
+        self._rows, self._tokens = {sequence: row for row, sequence in enumerate(sequences)}, tokens
         if raw is None:
             return Samples(tokens)
         counts = [sequences[row].params.logprobs or 0 for row in reported]
         return Samples.of(tokens, raw, reported, counts)
+
+    def latest(self, sequences: list[Sequence]) -> torch.Tensor:
+        """The tokens sampled last for some sequences, int64, on the device: the host may not know them yet."""
+        return self._tokens[put([self._rows[sequence] for sequence in sequences], self._tokens.device)]
 
     def _shape(self, row: torch.Tensor, sequence: Sequence, number: int) -> None:
         """Apply what a request wants changed in the logits of output `number`: bias, no end before min_tokens."""

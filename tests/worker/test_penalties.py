@@ -12,7 +12,7 @@ import torch
 
 from miniserve.ops.torch_ops import TorchOps
 from miniserve.sampling_params import SamplingParams
-from miniserve.worker.sampler import TAIL, Latest, Penalties, Sampler
+from miniserve.worker.sampler import TAIL, Penalties, Sampler
 from miniserve.worker.sequence import Sequence
 from tests.support.engines import clean, prompts, small
 
@@ -64,8 +64,8 @@ def test_they_are_the_plain_formula(ahead: bool) -> None:
             start = sequence.given - sequence.prior
             wanted.append(plain(row, seen[:start], seen[start:], sequence.params))
         penalized = {row: sequence for row, sequence in enumerate(batch) if sequence.params.penalized}
-        known = Latest({sequence: row for row, sequence in enumerate(alive)}, torch.tensor(latest))
-        penalties.apply(logits, penalized, known)
+        unknown = [latest[alive.index(s)] for s in penalized.values() if s.sampling]
+        penalties.apply(logits, penalized, torch.tensor(unknown))
         torch.testing.assert_close(logits, torch.stack(wanted), rtol=0, atol=0)
         for sequence, token in zip(alive, latest, strict=True):
             sequence.sampling = False
