@@ -104,6 +104,7 @@ parse_port = number(int, lambda n: 0 <= n < 65536, "a port from 0 to 65535")
 parse_seconds = number(float, lambda n: 0 <= n < 1e9, "a number of seconds")
 parse_fraction = number(float, lambda n: 0 < n <= 1, "a fraction above 0 and at most 1")
 parse_share = number(float, lambda n: 0 <= n <= 1, "a share from 0 to 1")
+parse_graph_size = number(int, lambda n: 1 <= n <= 512, "a batch size from 1 to 512: write them like 1,2,4,8")
 parse_stretch = number(float, lambda n: n == 0 or 1 <= n <= 1000, "0, or a factor from 1")
 
 
@@ -166,6 +167,11 @@ def parse_devices(text: str) -> list[str]:
     return [f"cuda:{int(m[1])}" for m in found if m]
 
 
+def parse_graph_sizes(text: str) -> list[int]:
+    """Batch sizes from `1,2,4,8`, in order. Raises `ConfigError`."""
+    return sorted({parse_graph_size(size) for size in text.split(",")})
+
+
 class Role(StrEnum):
     """What a worker is for. Both run the same engine."""
 
@@ -213,6 +219,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     cpu_kernels: Literal["auto", "torch"] = "auto"
     prompt_lookup: bool | None = None
     enforce_eager: bool = False
+    strict_gpu: bool = False
+    cuda_graph_sizes: Annotated[list[Annotated[int, msgspec.Meta(ge=1, le=512)]], parse_graph_sizes] = []
     async_scheduling: bool | None = None
     kv_transfer: Literal["auto", "mapped", "collective"] = "auto"
     kv_cache_memory: Annotated[int | None, parse_bytes] = None
@@ -232,6 +240,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How many workers share this machine's memory and cores, each rank counted as one."""
     sharing: int = 1
     """How many of them run on this worker's device: on a GPU each may use its share of `gpu_memory_utilization`."""
+
+    def fall_back(self, what: str) -> str:
+        """A worker is to serve with `what`, which is less than the GPU could do; raises `ConfigError` if it may not."""
+        if self.strict_gpu:
+            raise ConfigError(problem("worker.strict_gpu", what=what))
+        return what
 
 
 class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -219,9 +219,10 @@ class Dispatcher:
         def how(source: str, home: str) -> str:
             one, other = self.ready[source].pool, self.ready[home].pool
             kind = way(one, other, self._kv_transfer)
+            why = next((f", CUDA IPC: {p.cuda.refused}" for p in (one, other) if p.cuda and p.cuda.refused), "")
             if kind is None or kind == "mapped":
-                return kind or "none (prefills at home)"
-            why = ", their GPUs cannot read each other" if self._kv_transfer == "auto" else ""
+                return kind or f"none (prefills at home{why})"
+            why = (why or ", their GPUs cannot read each other") if self._kv_transfer == "auto" else ""
             why = ", between hosts" if one.host != other.host else why
             return f"collective ({'NCCL' if kind == 'nccl' else kind}{why})"
 

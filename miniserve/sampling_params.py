@@ -89,10 +89,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return self.temperature < 1e-5 or self.top_k == 1
 
     @property
-    def looks_back(self) -> bool:
-        """Whether the choice of a token depends on which ones came before it, beyond what the model makes of them."""
-        penalised = self.repetition_penalty != 1.0 or bool(self.presence_penalty or self.frequency_penalty)
-        return penalised or self.grammar is not None
+    def penalized(self) -> bool:
+        """Whether tokens that came before are less likely, or likelier."""
+        return self.repetition_penalty != 1.0 or bool(self.presence_penalty or self.frequency_penalty)
 
     def nth(self, i: int) -> Self:
         """The parameters of a prompt's choice number `i`: its own seed, and no second look at the prompt."""

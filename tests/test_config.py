@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miniserve.config import ConfigError, EngineConfig, Role, Topology, cache_dir, format_bytes, parse_bytes
+from miniserve.config import (
+    ConfigError,
+    EngineConfig,
+    Role,
+    Topology,
+    cache_dir,
+    format_bytes,
+    parse_bytes,
+    parse_graph_sizes,
+)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +47,12 @@ def test_sizes(text: str, size: int) -> None:
 def test_what_is_no_size_says_how_to_write_one(text: str) -> None:
     with pytest.raises(ConfigError, match="write it like 2GiB"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize("text", ["", "0", "1,,2", "513", "1.5", "1 2", "all"])
+def test_what_is_no_graph_size_says_how_to_write_some(text: str) -> None:
+    with pytest.raises(ConfigError, match="a batch size from 1 to 512: write them like 1,2,4,8"):
+        parse_graph_sizes(text)
 
 
 @given(prefillers=st.integers(0, 64), decoders=st.integers(1, 64))

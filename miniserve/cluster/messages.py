@@ -30,6 +30,8 @@ class CudaHandle(Wire, frozen=True):
     offset: int
     counter: bytes
     counter_offset: int
+    refused: str = ""
+    """Why no process can map it, not even one on the same GPU; then `reach` is empty."""
 
 
 class PoolInfo(Wire, frozen=True):

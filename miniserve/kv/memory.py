@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from miniserve.cluster.messages import CudaHandle, PoolInfo
+from miniserve.kv.ipc import refusal
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,12 @@ class KVMemory:
         if self.pages.device.type != "cuda":
             return None
         torch.cuda.synchronize(self.pages.device)  # a peer that maps it finds the zeros
-        shared = self.pages.untyped_storage()._share_cuda_()
-        device, handle, size, offset, counter, counter_offset = shared[:6]
-        others = [other for other in range(torch.cuda.device_count()) if other != device]
-        reach = [device, *(other for other in others if torch.cuda.can_device_access_peer(device, other))]
-        return CudaHandle(device, reach, handle, size, offset, counter, counter_offset)
+        device = self.pages.device.index
+        try:
+            _, handle, size, offset, counter, counter_offset = self.pages.untyped_storage()._share_cuda_()[:6]
+        except RuntimeError as error:
+            return CudaHandle(device, [], b"", 0, 0, b"", 0, str(error).splitlines()[0])
+        refused = refusal(device, handle)
+        gpus = [] if refused else range(torch.cuda.device_count())
+        reach = [gpu for gpu in gpus if gpu == device or torch.cuda.can_device_access_peer(device, gpu)]
+        return CudaHandle(device, reach, handle, size, offset, counter, counter_offset, refused)

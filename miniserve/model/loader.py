@@ -102,14 +102,14 @@ def check_groups(config: ModelConfig) -> None:
         raise ConfigError(problem("model.rows", group=GROUP, widths=", ".join(map(str, wrong))))
 
 
-def random(config: ModelConfig) -> Read:
-    """Random tensors, the same in each process for the same shape. Norms are ones, so that numbers stay in range."""
+def random(config: ModelConfig, device: torch.device) -> Read:
+    """Random tensors on a device, the same in each process. Norms are ones, so that numbers stay in range."""
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(2**20, generator=generator) * 0.02
+    noise = (torch.randn(2**20, generator=generator) * 0.02).to(device)
 
     def read(name: str, shape: tuple[int, ...]) -> Tensor:
         if "norm" in name:
-            return torch.ones(shape, dtype=config.dtype)
+            return torch.ones(shape, dtype=config.dtype, device=device)
         # Repeating a megabyte of noise at a random offset is as good for timing as fresh noise and 20x faster.
         count = math.prod(shape)
         block = noise.roll(int(torch.randint(2**20, (1,), generator=generator))).to(config.dtype)

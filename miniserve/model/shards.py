@@ -71,8 +71,9 @@ class Shard:
             return whole.columns(int(kept[0]), shape[1])
         if isinstance(whole, Quantized):
             return whole[kept]
-        # A run of neighbours is not copied: of a mapped file only that is read.
-        return whole.narrow(axis, int(kept[0]), len(kept)) if len(runs) == 1 else whole.index_select(axis, kept)
+        if len(runs) == 1:  # neighbours are not copied: of a mapped file only that is read
+            return whole.narrow(axis, int(kept[0]), len(kept))
+        return whole.index_select(axis, kept.to(whole.device))
 
     def head(self, weight: Weight) -> Weight:
         """The rows of `[vocab, hidden]` whose logits this rank makes, the last one again where that fills it up."""

@@ -52,7 +52,7 @@ def load_weights(
     if bits:
         check_groups(shard.config)
     if not files:
-        return _build(Loader(random(shard.whole), set(), shard, ops, dtype, device, bits, widened), progress)
+        return _build(Loader(random(shard.whole, device), set(), shard, ops, dtype, device, bits, widened), progress)
     with ExitStack() as stack:
         if files[0].suffix == ".gguf":
             store: GgufTensors | Safetensors = GgufTensors(files[0], widened)

@@ -34,7 +34,7 @@ from miniserve.worker import sizing
 from miniserve.worker.batching import Pace
 from miniserve.worker.engine import Engine
 from miniserve.worker.grammar import Grammars
-from miniserve.worker.graphs import DecodeGraphs, GraphOps
+from miniserve.worker.graphs import LADDER, DecodeGraphs, GraphOps
 from miniserve.worker.runner import ModelRunner
 from miniserve.worker.sequence import Sequence
 from miniserve.worker.snapshots import Snapshots
@@ -91,9 +91,13 @@ def build(
     ops, kernels = make_ops(*of, native=config.cpu_kernels != "torch", progress=lambda line: progress(line, 0, 0))
     group = make_group(device, spec, config.tensor_parallel_size)
     choices = replace(choices, sequences=_least(group, choices.sequences, device))
+    if device.type == "cuda" and kernels != "flashinfer":
+        config.fall_back(kernels)
     graph_ops = ops if isinstance(ops, GraphOps) and not config.enforce_eager else None
     if graph_ops is not None and model.experts is not None and not graph_ops.records_mixtures:
+        kernels = config.fall_back(f"{kernels}, without CUDA graphs: torch has no products of experts for them here")
         graph_ops = None
+    sizes = sorted({min(size, choices.sequences) for size in config.cuda_graph_sizes or LADDER})
     lap("kernels")
     try:
         shown = partial(progress, "weights")
@@ -106,7 +110,7 @@ def build(
         if device.type == "cuda":
             step = sizing.step_bytes(transformer, choices)
             if graph_ops is not None:
-                step += DecodeGraphs.logits_bytes(model.vocab_size, choices.sequences)
+                step += 4 * model.vocab_size * sizes[-1]  # the logits of all graphs
             size = sizing.size_pool(config, choices, weights.num_bytes, step)
             lap("profile")
     except torch.cuda.OutOfMemoryError as error:
@@ -140,7 +144,13 @@ def build(
     state = states.state if states else None
     graphs = None
     if graph_ops is not None:
-        graphs = DecodeGraphs(transformer, graph_ops, memory.pages, state, choices.sequences, longest)
+        try:
+            graphs = DecodeGraphs(transformer, graph_ops, memory.pages, state, sizes, longest)
+        except Exception as error:  # of torch or CUDA
+            if group.ranks > 1:  # the others may wait for this one in a product
+                raise
+            cause = (str(error.__context__ or error) or repr(error)).splitlines()[0].split(". ")[0]
+            kernels = config.fall_back(f"{kernels}, without CUDA graphs: {cause}")
         lap("graphs")
     try:  # some models name an end token that they have no row for; it can never be sampled
         eos = frozenset(token for token in tokenizer.result().eos_token_ids if token < model.vocab_size)

@@ -111,7 +111,7 @@ class Engine:
             return
         self._turns[sequence.turn] = sequence
         self.waiting.append(sequence)
-        if self.draft_rows and sequence.prefill_for is None and not sequence.params.looks_back:
+        if self.draft_rows and not (sequence.prefill_for or sequence.params.penalized or sequence.params.grammar):
             sequence.drafter = Drafter(self.draft_rows)
         if sequence.params.grammar is not None and self.grammars is not None:
             sequence.move(State.COMPILING)

@@ -6,6 +6,7 @@ next size of a ladder. The rows that are added decode a token at position 0 of t
 
 from bisect import bisect_left
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,7 +17,7 @@ from miniserve.ops.cuda_plan import MOST_DECODES
 from miniserve.ops.decoder import Batch, State
 
 LADDER = (1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, MOST_DECODES + 1, 32))
-"""Batch sizes that are recorded: at most a fifth of the rows is padding, from 32 on."""
+"""Batch sizes that are recorded by default: at most a fifth of the rows is padding, from 32 on."""
 
 Replay = Callable[[], None]
 
@@ -50,7 +51,7 @@ class CudaRecorder:
     stream."""
 
     def __init__(self) -> None:
-        self._pool: Any = None
+        self._pool = torch.cuda.graph_pool_handle()
         # One, since torch has only 32 of them, and gives them out again to others after that.
         self._side = torch.cuda.Stream()
 
@@ -62,9 +63,15 @@ class CudaRecorder:
         torch.cuda.current_stream().wait_stream(self._side)
         graph = torch.cuda.CUDAGraph()
         # Other threads of this process may call CUDA meanwhile: only ours must not do what cannot be recorded.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            compute()
-        self._pool = graph.pool()
+        recording = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+        try:
+            with torch.cuda.stream(torch.cuda.current_stream()), recording:
+                compute()
+        except RuntimeError:
+            # If CUDA gave it up, torch takes it for still under way; the outer context has come back to our stream.
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self._side.device.index, self._pool)
+            raise
         return graph.replay
 
 
@@ -77,31 +84,25 @@ class DecodeGraphs:
     ops: GraphOps
     kv: torch.Tensor
     state: State | None
-    most: int
+    sizes: list[int]
     max_pages: int
-    """Batches of up to `most` sequences with up to so many pages each are replayed, as far as the ladder goes."""
+    """Batches of as many sequences as the last of the `sizes`, in order, with up to so many pages each are replayed."""
     record: Callable[[Callable[[], object]], Replay] = field(default_factory=CudaRecorder)
 
     def __post_init__(self) -> None:
-        self._sizes = [size for size in LADDER if size < self.most] + [self.most] * (self.most <= LADDER[-1])
         # One for all sizes: each graph would keep logits of its own, in all a gigabyte for a large vocabulary.
         vocab = self.transformer.config.vocab_size
-        self._logits = torch.zeros((self._sizes[-1], vocab), dtype=torch.float32, device=self.kv.device)
+        self._logits = torch.zeros((self.sizes[-1], vocab), dtype=torch.float32, device=self.kv.device)
         # The largest first: the others find room in what it has taken.
-        self.recorded = {size: self._make(size) for size in reversed(self._sizes)}
-
-    @staticmethod
-    def logits_bytes(vocab: int, most: int) -> int:
-        """What is taken for the logits of all graphs of up to `most` sequences."""
-        return 4 * vocab * min(most, LADDER[-1])
+        self.recorded = {size: self._make(size) for size in reversed(self.sizes)}
 
     def logits(self, batch: Batch) -> torch.Tensor | None:
         """float32 `[len(batch.lengths), vocab]`, valid until the next call; None for a batch that no graph is for."""
         count = len(batch.lengths)
         # Not for prompts, of which a piece may be one token, but then not all rows are wanted.
-        if count > self._sizes[-1] or not len(batch.tokens) == len(batch.outputs) == count:
+        if count > self.sizes[-1] or not len(batch.tokens) == len(batch.outputs) == count:
             return None
-        size = self._sizes[bisect_left(self._sizes, count)]
+        size = self.sizes[bisect_left(self.sizes, count)]
         recorded = self.recorded[size]
         recorded.tokens[:count].copy_(batch.tokens)
         recorded.positions[:count].copy_(batch.positions)

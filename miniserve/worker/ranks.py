@@ -200,10 +200,13 @@ class Follower:
 
 
 def open_pool(spec: WorkerSpec, built: Built) -> tuple[Door, messages.PoolInfo]:
-    """Where peers ask for the pages of a rank, and what they have to know of its pool."""
+    """Where peers ask for the pages of a rank, and what they have to know of its pool. Raises `ConfigError`."""
+    pool, engine = built.memory.info(built.layout), spec.engine
+    if pool.cuda and pool.cuda.refused and engine.workers > 1 and engine.kv_transfer != "collective":
+        engine.fall_back(f"a KV pool that no other process can map by CUDA IPC: {pool.cuda.refused}")
     us = f"{spec.name}-{spec.rank}" if spec.rank else spec.name, spec.epoch
     door = Door(us, spec.run_dir, spec.keys.secret.encode(), spec.host, spec.listen)
-    return door, msgspec.structs.replace(built.memory.info(built.layout), host=spec.host, door=door.far)
+    return door, msgspec.structs.replace(pool, host=spec.host, door=door.far)
 
 
 def follow(spec: WorkerSpec, built: Built, inbox: Inbox, outboxes: Outboxes) -> None:

@@ -31,8 +31,6 @@ class ModelRunner:
     def __post_init__(self) -> None:
         self._device = self.transformer.device
         self._sampler = Sampler(self.eos, self.transformer.ops)
-        self._latest: tuple[dict[Sequence, int], torch.Tensor] | None = None
-        """What the step launched last samples: the row of each sequence, and the tokens."""
 
     @torch.inference_mode()
     def launch(self, batch: list[Work]) -> Launched:
@@ -74,9 +72,7 @@ class ModelRunner:
         self.tell(forward)
         model_batch = self._batch(forward)
         if fed:
-            assert self._latest is not None
-            rows, sampled = self._latest
-            wanted = sampled[put([rows[sequence] for _, sequence in fed], self._device)]
+            wanted = self._sampler.latest([sequence for _, sequence in fed])
             model_batch.tokens.index_copy_(0, put([row for row, _ in fed], self._device), wanted)
         parts = list[Samples]()
 
@@ -85,10 +81,7 @@ class ModelRunner:
             parts.append(score(logits, [*tokens], [*counts]))
 
         logits = self._forward(model_batch, forward, take)
-        samples = self._sampler.sample(logits, complete, ahead) if complete else None
-        rows_of = {sequence: row for row, sequence in enumerate(complete)}
-        self._latest = (rows_of, samples.tokens) if samples is not None else None
-        return self._brought([*parts, samples] if samples is not None else parts)
+        return self._brought([*parts, self._sampler.sample(logits, complete, ahead)] if complete else parts)
 
     @torch.inference_mode()
     def follow(self, forward: Forward) -> None:

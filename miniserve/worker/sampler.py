@@ -1,13 +1,13 @@
-"""From logits to tokens. Stateless: what is drawn depends on the request's seed and the output's position only.
+"""From logits to tokens: what is drawn depends on the request's seed and the output's position only.
 
 So the same request gives the same text whatever shares its batch, after a preemption, and on another worker.
 """
 
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from itertools import repeat
+from itertools import accumulate, chain, repeat
 from typing import Self
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -66,6 +66,52 @@ class Samples:
         return list(zip(tokens, logprobs, strict=True))
 
 
+TAIL = 64
+"""So many tokens of a sequence are sent to its device anew in each step, at most; those before them are there."""
+
+
+@dataclass
+class Penalties:
+    """Makes tokens that a sequence has, or has said, less likely. The first tokens of each sequence stay on the device
+    as long as there is the sequence, 4 bytes each: so a step's work on the host does not grow with them."""
+
+    _kept: WeakKeyDictionary[Sequence, torch.Tensor] = field(default_factory=WeakKeyDictionary)
+
+    def apply(self, logits: torch.Tensor, rows: dict[int, Sequence], latest: torch.Tensor) -> None:
+        """Change these rows of `logits` `[n, vocab]`. A token that a sequence has more than once is computed so many
+        times, to the same number. `latest` are the tokens that are still being sampled, in this order."""
+        device, vocab, found = logits.device, logits.shape[1], list(rows.values())
+        kept = [self._keep(sequence, device) for sequence in found]
+        rest = [s.tokens[len(ids) :] + [0] * s.sampling for s, ids in zip(found, kept, strict=True)]
+        new, ends = put([*chain(*rest)], device, torch.int32), accumulate(map(len, rest))
+        if fed := [end - 1 for s, end in zip(found, ends, strict=True) if s.sampling]:
+            new.index_copy_(0, put(fed, device), latest.int())
+        ids = torch.cat([*chain(*zip(kept, new.split([*map(len, rest)]), strict=True))])
+        # Two runs of each sequence: what came before its outputs, and these.
+        lengths = [n for s in found for n in (s.given - s.prior, s.num_outputs + s.sampling)]
+        of = torch.repeat_interleave(put(lengths, device), output_size=len(ids))
+        at = ids + put([row * vocab for row in rows for _ in range(2)], device).index_select(0, of)
+        params = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in (s.params for s in found)]
+        numbers = put([n for p in params for said in (0.0, 1.0) for n in (said, *p)], device, torch.float32)
+        said, repetition, presence, frequency = numbers.view(-1, 4).index_select(0, of).unbind(1)
+        flat = logits.view(-1)
+        values = flat.index_select(0, at)
+        # CTRL (arXiv 1909.05858), as transformers and vLLM do it: away from zero is always less likely.
+        values = torch.where(values > 0, values / repetition, values * repetition)
+        if any(other for p in params for other in p[1:]):
+            often = torch.zeros_like(flat).index_add_(0, at, said).index_select(0, at)
+            values -= torch.where(often > 0, frequency * often + presence, 0.0)
+        flat.index_copy_(0, at, values)
+
+    def _keep(self, sequence: Sequence, device: torch.device) -> torch.Tensor:
+        """Its first tokens, int32: all that there were at the first time, and later all but fewer than `TAIL`."""
+        kept = self._kept.get(sequence, torch.empty(0, dtype=torch.int32, device=device))
+        if not len(kept) or len(sequence.tokens) - len(kept) >= TAIL:
+            new = put(sequence.tokens[len(kept) :], device, torch.int32)
+            self._kept[sequence] = kept = torch.cat((kept, new))
+        return kept
+
+
 @dataclass
 class Sampler:
     """Chooses the next token of each sequence, on the device and without waiting for it. `eos` are the ids that end a
@@ -73,6 +119,9 @@ class Sampler:
 
     eos: frozenset[int]
     ops: Ops
+    _rows: dict[Sequence, int] = field(default_factory=dict)
+    _tokens: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    _penalties: Penalties = field(default_factory=Penalties)
     _executor: LLExecutor = field(default_factory=LLExecutor)
 
     @torch.inference_mode()
@@ -82,6 +131,8 @@ class Sampler:
         numbers = [s.num_outputs + s.sampling + more for s, more in zip(sequences, ahead or repeat(0), strict=False)]
         reported = [row for row, sequence in enumerate(sequences) if sequence.params.logprobs is not None]
         raw = _rows(logits, reported).log_softmax(-1) if reported else None
+        if penalized := {row: sequence for row, sequence in enumerate(sequences) if sequence.params.penalized}:
+            self._penalties.apply(logits, penalized, self.latest([s for s in penalized.values() if s.sampling]))
         for row, sequence in enumerate(sequences):
             self._shape(logits[row], sequence, numbers[row])
         self._follow_grammars(logits, sequences)
@@ -91,25 +142,19 @@ class Sampler:
             points = [uniform(sequences[row].seed, numbers[row]) for row in drawn]
             picked = self._draw(_rows(logits, drawn), [sequences[row].params for row in drawn], points)
             tokens = picked if len(drawn) == len(sequences) else tokens.index_copy(0, put(drawn, logits.device), picked)
+        self._rows, self._tokens = {sequence: row for row, sequence in enumerate(sequences)}, tokens
         if raw is None:
             return Samples(tokens)
         counts = [sequences[row].params.logprobs or 0 for row in reported]
         return Samples.of(tokens, raw, reported, counts)
 
+    def latest(self, sequences: list[Sequence]) -> torch.Tensor:
+        """The tokens sampled last for some sequences, int64, on the device: the host may not know them yet."""
+        return self._tokens[put([self._rows[sequence] for sequence in sequences], self._tokens.device)]
+
     def _shape(self, row: torch.Tensor, sequence: Sequence, number: int) -> None:
-        """Apply what a request wants changed in the logits of output `number`: bias, penalties, no end before
-        min_tokens."""
+        """Apply what a request wants changed in the logits of output `number`: bias, no end before min_tokens."""
         params = sequence.params
-        if params.repetition_penalty != 1.0:
-            seen = put(sorted(set(sequence.tokens)), row.device)
-            values = row[seen]
-            # CTRL (arXiv 1909.05858), as transformers and vLLM do it: away from zero is always less likely.
-            penalty = params.repetition_penalty
-            row[seen] = torch.where(values > 0, values / penalty, values * penalty)
-        if (params.presence_penalty or params.frequency_penalty) and (outputs := sequence.outputs):
-            often = Counter(outputs)
-            counts = put(list(often.values()), row.device)
-            row[put(list(often), row.device)] -= params.frequency_penalty * counts + params.presence_penalty
         if params.logit_bias:
             bias = params.logit_bias
             row[put(list(bias), row.device)] += put(list(bias.values()), row.device, torch.float32)

@@ -212,13 +212,13 @@ class Sequence:
 
     def can_go_on(self, max_len: int) -> bool:
         """Whether a step can be launched for it now. While a token is being sampled that is so if it is not the last
-        one for sure, and if neither the choice of the next one nor a draft depends on which it is."""
+        one for sure, and if neither what a grammar lets come next nor a draft depends on which it is."""
         if not self.sampling:
             return True
         params = self.params
         last = self.prefill_for is not None or self.length >= max_len
         last = last or (params.max_tokens is not None and self.num_outputs + 1 >= params.max_tokens)
-        return not last and not params.looks_back and self.drafter is None
+        return not last and params.grammar is None and self.drafter is None
 
     def hashes(self, page_tokens: int) -> list[bytes]:
         """Chain hashes of all full pages of `tokens`."""

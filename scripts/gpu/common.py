@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
 from miniserve.config import EngineConfig
 from miniserve.hub import resolve as hub
-from miniserve.model import loader, weights
-from miniserve.model.config import ModelConfig
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker.build import Built, build
 from miniserve.worker.engine import Engine
@@ -75,24 +71,9 @@ def shaped(run: Setting, preset: str, layers: int = 0, **engine: Any) -> Built:
         if run.small:
             settings |= {"kv_cache_memory": 2**26, "threads": 1}
         config = EngineConfig(model=str(model_folder(run, preset, layers)), device=run.device, **settings | engine)
-        with patch.object(weights, "random", lambda model: random_on(run.device, model)):
-            run.kept["built"] = build(config)
+        run.kept["built"] = build(config)
         run.kept["engine"] = key
     return run.kept["built"]
-
-
-def random_on(device: str, config: ModelConfig) -> Callable[[str, tuple[int, ...]], torch.Tensor]:
-    """The loader's random tensors, repeated on the device to their full size: made on the CPU, the 16 GB of
-    Llama-3-8B take longer than a measurement with them."""
-    read, block = loader.random(config), 2**20
-
-    def made(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        count = math.prod(shape)
-        if count <= block:
-            return read(name, shape)
-        return read(name, (block,)).to(device).repeat(-(-count // block))[:count].view(shape)
-
-    return made
 
 
 def drop_engine(run: Setting) -> None:

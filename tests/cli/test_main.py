@@ -103,8 +103,8 @@ def test_every_flag_arrives() -> None:
         "--served-model-name a b --host 0.0.0.0 --port 0 --api-key secret --chat-template x.jinja "
         "--generation-config vllm --max-num-queued-reqs 9 --shutdown-timeout 1.5 --log-level debug "
         "--cpu-kernels torch --kv-transfer collective --worker-timeout 7 --decision-log log.jsonl --mispredict 0.25 "
-        "--revision main --no-prompt-lookup --enforce-eager --async-scheduling --step-stretch 2 "
-        "--tool-call-parser hermes --reasoning-parser none --uds /tmp/s --root-path /llm "
+        "--revision main --no-prompt-lookup --enforce-eager --cuda-graph-sizes 8,1,4 --strict-gpu --async-scheduling "
+        "--step-stretch 2 --tool-call-parser hermes --reasoning-parser none --uds /tmp/s --root-path /llm "
         "--allowed-origins http://a http://b --log-prompts --conversation-header X-One X-Two "
         "--conversation-header X-Three"
     ) == ServeConfig(
@@ -128,6 +128,8 @@ def test_every_flag_arrives() -> None:
             kv_transfer="collective",
             prompt_lookup=False,
             enforce_eager=True,
+            cuda_graph_sizes=[1, 4, 8],
+            strict_gpu=True,
             async_scheduling=True,
             step_stretch=2.0,
         ),

@@ -158,12 +158,13 @@ def test_gpus_are_counted_by_what_the_driver_lists(monkeypatch: pytest.MonkeyPat
 def test_the_banner_names_gpus_that_cannot_read_each_other(gpus) -> None:
     gpus(3)
 
-    def shown(how: str) -> str:
+    def shown(how: str, refused: str = "") -> str:
         engine = EngineConfig(model="m", kv_transfer=how)
         client = Dispatcher(ServeConfig(engine=engine), SimpleNamespace(folder=Path("/m")))
         assert str(client.topology) == "1P2D"
         for name, device, reach in (("p0", 0, [0, 1]), ("d0", 1, [0, 1]), ("d1", 2, [2])):
-            pool = PoolInfo(1, -1, 8, 64, "L", CudaHandle(device, reach, b"", 0, 0, b"", 0))
+            reach = reach if not refused else []
+            pool = PoolInfo(1, -1, 8, 64, "L", CudaHandle(device, reach, b"", 0, 0, b"", 0, refused))
             client.ready[name] = SimpleNamespace(pool=pool)
         return ways(client.transfer)
 
@@ -176,6 +177,9 @@ def test_the_banner_names_gpus_that_cannot_read_each_other(gpus) -> None:
         ("collective", "collective (NCCL) between all workers"),
     ):
         assert shown(how) == says
+    assert shown("auto", "no") == "collective (NCCL, CUDA IPC: no) between all workers"
+    assert shown("mapped", "no") == "none (prefills at home, CUDA IPC: no) between all workers"
+    assert shown("collective", "no") == "collective (NCCL) between all workers"
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------

@@ -40,6 +40,39 @@ def test_an_engine_that_gets_no_memory_says_so(said: dict[str, Any], fault: str,
     assert not [line for line in said[fault] if words not in line]
 
 
+@pytest.fixture(scope="module")
+def fallbacks(stand_in: StandIn) -> dict[str, Any]:
+    result = stand_in.run("fallback")
+    assert result.problems == ["while a graph is recorded: cudaStreamSynchronize"] * 2
+    return result.found
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"), [("waits", "CUDA error: cudaError 900"), ("no memory", "CUDA out of memory")]
+)
+def test_graphs_that_cannot_be_recorded_are_left_out(fallbacks: dict[str, Any], fault: str, reason: str) -> None:
+    """In the middle of the third one, with nothing else changed; or that ends the start."""
+    seen = fallbacks[fault]
+    assert seen["sizes"] == [8, 4, 2]
+    assert seen["same stream"]
+    assert seen["kernels"] == f"flashinfer, without CUDA graphs: {reason}"
+    assert seen["strict"].startswith(f"--strict-gpu does not let a worker serve with {seen['kernels']}. Mend that")
+
+
+def test_a_strict_start_needs_flashinfer(fallbacks: dict[str, Any]) -> None:
+    assert (
+        "serve with torch, slower than native ones: FlashInfer has no kernels for float32 heads of 128. Mend"
+        in (fallbacks["without FlashInfer"])
+    )
+    assert fallbacks["fine"] == "flashinfer"
+
+
+def test_another_process_tries_out_whether_a_pool_can_be_mapped(fallbacks: dict[str, Any]) -> None:
+    assert fallbacks["shared"] == [[0], ""]
+    assert fallbacks["not mapped"] == [[], "cudaErrorMapBufferObjectFailed"]
+    assert fallbacks["not exported"] == [[], "operation not supported"]
+
+
 @pytest.fixture
 def serve(stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """Starts `miniserve serve` on the stand-in, with its words in `tmp_path / "stderr"`."""
@@ -110,16 +143,26 @@ def test_a_worker_that_breaks_says_why_and_is_started_again(
     assert "it is started again" in line
 
 
-def test_a_pool_that_cannot_be_mapped_is_a_warning(stand_in: StandIn, serve: Any, tmp_path: Path) -> None:
-    """Its decoder prefills itself."""
+def test_pages_of_a_pool_that_cannot_be_mapped_go_another_way(stand_in: StandIn, serve: Any, tmp_path: Path) -> None:
+    """The banner says which, and why."""
     stand_in.fault.write_text("ipc 0 -1")
     with serve("--topology", "1P1D", "--policy", "conserve") as running:
+        assert "transfer:    collective (sockets, CUDA IPC: cudaErrorMapBufferObjectFailed)" in running.banner
         assert ask(running, 2000) == "length"
-        assert len(running.workers) == 2
+        assert running.metric("miniserve:handoff_bytes_total") > 0
+    assert "is gone" not in (tmp_path / "stderr").read_text()
+
+
+def test_a_pool_that_cannot_be_mapped_ends_a_strict_start(stand_in: StandIn, serve: Any, tmp_path: Path) -> None:
+    stand_in.fault.write_text("ipc 0 -1")
+    with pytest.raises(AssertionError, match="it ended with 1"), serve("--topology", "1P1D", "--strict-gpu"):
+        pass
     words = (tmp_path / "stderr").read_text()
-    assert "no way to the pool of" in words
+    assert "--strict-gpu does not let a worker serve with a KV pool that no other process can map by CUDA IPC" in words
     assert "cudaErrorMapBufferObjectFailed" in words
-    assert "is gone" not in words
+    stand_in.fault.unlink()
+    with serve("--strict-gpu") as running:
+        assert "kernels:     flashinfer\n" in running.banner
 
 
 def test_pages_go_from_one_process_to_another(serve: Any, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from miniserve.config import ConfigError
 from miniserve.hub.resolve import presets
 from miniserve.model.config import ModelConfig
+from miniserve.model.loader import random
 from miniserve.model.shards import Shard
 from miniserve.ops.quantized import Quantized
 from tests.model.test_families import config_of, read
@@ -92,6 +93,21 @@ def test_what_all_ranks_have() -> None:
     for name in ("mlp.gate.weight", "mlp.shared_expert_gate.weight", "input_layernorm.weight", "q_norm.weight"):
         tensor = torch.randn(4, 4)
         assert all(torch.equal(part, tensor) for part in parts(name, tensor, (4, 4), 2, whole()))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_random_weights_are_made_on_their_device(ranks: int) -> None:
+    """Nothing of them on the CPU, from where 16 GB would have to come; a device that only knows shapes stands for a
+    GPU."""
+    model = whole()
+    made, same = random(model, torch.device("meta")), random(model, torch.device("cpu"))
+    shapes = {"input_layernorm.weight": (8,), "o_proj.weight": (1500, 1000)}
+    shapes |= {"q_proj.bias": (8,), "in_proj_qkv.weight": (Shard(model, 0, ranks).config.delta.channels, 16)}
+    for name, shape in shapes.items():
+        found = Shard(model, 0, ranks).read(made, name, shape)
+        assert found.device.type == "meta"
+        wanted = Shard(model, 0, ranks).read(same, name, shape)
+        assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype) == (shape, model.dtype)
 
 
 def test_the_rows_of_a_head_that_does_not_divide() -> None:

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from miniserve.config import ConfigError, parse_graph_sizes
 from miniserve.llm import LLM
 from miniserve.ops.cuda_ops import CudaOps
-from miniserve.ops.cuda_plan import page_tables, workspace_bytes
+from miniserve.ops.cuda_plan import MOST_DECODES, page_tables, workspace_bytes
 from miniserve.ops.decoder import Batch, Experts, Mlp, Sizes
 from miniserve.ops.native import NoKernels
 from miniserve.ops.torch_ops import TorchOps
@@ -255,6 +256,44 @@ def test_graphs_are_recorded_before_anything_is_served(tiny_models, as_on_a_gpu)
     assert (recorder.replays, len(recorder.sizes)) == (10, 5)
 
 
+def test_graph_sizes_may_be_named(tiny_models, as_on_a_gpu) -> None:
+    """More decodes in a step than the last of them says are not replayed; none says more than may run."""
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    llm, recorder = as_on_a_gpu(tiny_models["llama"], cuda_graph_sizes=[3, 1])
+    assert recorder.sizes == [3, 1]
+    llm.generate([[1, 2]] * 4, params, progress=False)
+    assert recorder.replays == 0
+    llm.generate([[1, 2]] * 3, params, progress=False)
+    assert recorder.replays == 5
+    _, recorder = as_on_a_gpu(tiny_models["llama"], cuda_graph_sizes=[2, 4, 8, 16], max_num_seqs=7)
+    assert recorder.sizes == [7, 4, 2]
+    with pytest.raises(ConfigError, match="cuda_graph_sizes"):
+        as_on_a_gpu(tiny_models["llama"], cuda_graph_sizes=[513])
+
+
+def test_what_cannot_be_recorded_is_computed_without(tiny_models, as_on_a_gpu, monkeypatch) -> None:
+    """Also where it is noticed after some sizes. The banner has the reason, and with --strict-gpu it ends the start."""
+    recorded = Recorder.__call__
+
+    def refuses(self: Recorder, compute: Callable[[], Any]) -> Replay:
+        if len(self.sizes) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+        return recorded(self, compute)
+
+    monkeypatch.setattr(Recorder, "__call__", refuses)
+    items, folder = prompts(5, seed=3), tiny_models["llama"]
+    llm, recorder = as_on_a_gpu(folder)
+    reason = "flashinfer, without CUDA graphs: operation not permitted when stream is capturing"
+    assert llm._built.facts.kernels == reason
+    assert greedy(llm, items, 8) == tiny.reference(folder, items, 8)
+    assert recorder.replays == 0
+    with pytest.raises(ConfigError, match=f"--strict-gpu does not let a worker serve with {reason}. Mend that"):
+        as_on_a_gpu(folder, strict_gpu=True)
+    monkeypatch.setattr(Recorder, "__call__", recorded)
+    llm, _ = as_on_a_gpu(folder, strict_gpu=True)
+    assert llm._built.facts.kernels == "flashinfer"
+
+
 def test_experts_that_make_the_host_wait_are_not_recorded(models, as_on_a_gpu, monkeypatch) -> None:
     monkeypatch.setattr(
         CudaOps, "records_mixtures", property(lambda ops: False, lambda ops, value: None), raising=False
@@ -262,7 +301,7 @@ def test_experts_that_make_the_host_wait_are_not_recorded(models, as_on_a_gpu, m
     for arch in ("mixtral", "llama"):
         llm, recorder = as_on_a_gpu(models[arch])
         greedy(llm, prompts(2), 4)
-        assert (recorder.replays == 0) == (arch == "mixtral")
+        assert (recorder.replays == 0) == (arch == "mixtral") == ("without CUDA graphs" in llm._built.facts.kernels)
 
 
 def test_padding_takes_the_scratch_slot(models, as_on_a_gpu) -> None:
@@ -310,4 +349,5 @@ def test_filters_keep_the_same_candidates(params: dict[str, Any]) -> None:
 
 def test_ladder() -> None:
     assert list(LADDER) == sorted(set(LADDER))
+    assert LADDER[-1] == MOST_DECODES == max(parse_graph_sizes("512")), "what a flag may name"
     assert all(b - a <= b / 5 for a, b in pairwise(LADDER) if a >= 32)

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 
 from miniserve.model.config import ModelConfig
-from miniserve.model.loader import random
 from miniserve.ops.cuda_ops import CudaOps
 from miniserve.ops.decoder import Sizes
 from miniserve.worker import build
@@ -23,7 +22,7 @@ from miniserve.worker.graphs import DecodeGraphs, Replay
 from scripts.gpu import capture, checks, early, machine, parity, speed, trace, variants
 from scripts.gpu.ceilings import Ceilings
 from scripts.gpu.checks import STAGES
-from scripts.gpu.common import model_folder, random_on, read_json
+from scripts.gpu.common import model_folder, read_json
 from scripts.gpu.kernels import exact
 from scripts.gpu.setting import Figure, Setting
 from tests.support.kv_pools import memory_as_on_a_gpu
@@ -110,17 +109,6 @@ def test_bytes_and_operations(toy: Setting) -> None:
 
 def test_the_whole_is_predicted_from_two_sizes() -> None:
     assert early.whole(more=5.0 + 4 * 2.0, fewer=5.0 + 2 * 2.0, layers=32) == 5.0 + 32 * 2.0
-
-
-def test_weights_made_on_the_device_are_the_loaders(toy: Setting) -> None:
-    model = llama(toy)
-    made, loaders = random_on("cpu", model), random(model)
-    shapes = {"small": (3, 5), "layer.norm.weight": (4096,), "large": (1500, 1000)}
-    for name, shape in shapes.items():
-        found, wanted = made(name, shape), loaders(name, shape)
-        assert found.shape == wanted.shape
-        assert found.dtype == wanted.dtype
-        torch.testing.assert_close(found, wanted, msg=name)
 
 
 @pytest.mark.slow

@@ -18,8 +18,9 @@ import psutil
 class Running:
     """A server process and where it listens."""
 
-    def __init__(self, process: subprocess.Popen, port: int) -> None:
+    def __init__(self, process: subprocess.Popen, port: int, banner: str) -> None:
         self.process = process
+        self.banner = banner
         self.url = f"http://127.0.0.1:{port}"
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
@@ -55,14 +56,15 @@ def server(folder: Path, *flags: str, runtime: Path, stderr: int | None = None) 
     )
     try:
         assert process.stdout is not None
-        port = None
+        port, banner = None, ""
         for line in process.stdout:
+            banner += line
             if found := re.match(r"API: +http://127.0.0.1:(\d+)/v1", line):
                 port = int(found[1])
             if line == "\n":
                 break
         assert port is not None, f"it ended with {process.wait()}"
-        running = Running(process, port)
+        running = Running(process, port, banner)
         assert running.get("/health")
         yield running
     finally:

@@ -6,7 +6,7 @@ import pytest
 
 from miniserve.kv.eviction import ExpectedNeed
 from miniserve.kv.pages import PagePool
-from miniserve.sampling_params import SamplingParams
+from miniserve.sampling_params import Grammar, SamplingParams
 from miniserve.worker.engine import Engine
 from miniserve.worker.sequence import Sequence
 from miniserve.worker.step import Launched, Sampled, Work
@@ -79,10 +79,11 @@ def run(made: Engine) -> dict[str, list[int]]:
     return said
 
 
-def test_a_step_is_always_launched_before_the_one_before_it_is_waited_for() -> None:
+@pytest.mark.parametrize("penalty", ["", "repetition_penalty", "presence_penalty", "frequency_penalty"])
+def test_a_step_is_always_launched_before_the_one_before_it_is_waited_for(penalty: str) -> None:
     device = Device()
     made = engine(device)
-    add(made, "a", 20, max_tokens=4)
+    add(made, "a", 20, max_tokens=4, **({penalty: 1.5} if penalty else {}))
     assert run(made) == {"a": [1, 2, 3, 4]}
     assert device.log == [
         "launch 0: a 16",
@@ -130,11 +131,10 @@ def test_the_length_limit_is_seen_ahead() -> None:
     assert made.counters.steps == 4 + 2
 
 
-@pytest.mark.parametrize("penalty", ["repetition_penalty", "presence_penalty", "frequency_penalty"])
-def test_who_looks_back_waits_for_each_token(penalty: str) -> None:
+def test_who_has_a_grammar_waits_for_each_token() -> None:
     device = Device()
     made = engine(device)
-    add(made, "a", 4, max_tokens=3, **{penalty: 1.5})
+    add(made, "a", 4, max_tokens=3, grammar=Grammar("regex", ".*"))
     add(made, "b", 4, max_tokens=4)
     assert run(made) == {"a": [1, 2, 3], "b": [1, 2, 3, 4]}
     assert device.log[:6] == [

@@ -7,18 +7,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from miniserve.config import EngineConfig
 from miniserve.hub import resolve as hub
-from miniserve.model import weights
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker.build import Built, build
 from miniserve.worker.engine import Engine
 from scripts.gpu.common import add, random_prompts
-
-# Nothing computes with weights here: the device's memory for them is taken, and nothing is written there.
-weights.random = lambda config: lambda name, shape: torch.empty(shape, dtype=config.dtype, device="cuda")
 
 folder = cache(lambda: Path(tempfile.mkdtemp(prefix="models-")))
 

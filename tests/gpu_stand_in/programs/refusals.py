@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from miniserve.worker.graphs import CudaRecorder
 from tests.support.fake_cuda.device import let_fail
 
 
@@ -30,8 +31,7 @@ def launch(grid: tuple[int, ...], block: tuple[int, ...], shared: int = 0) -> in
 def recorded(work: Callable[[], object]) -> str:
     """The error of what is done while a graph is recorded."""
     try:
-        with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
-            work()
+        CudaRecorder()(lambda: work() if torch.cuda.is_current_stream_capturing() else None)
     except RuntimeError as error:
         return str(error).splitlines()[0]
     return ""

@@ -113,6 +113,7 @@ bool forbidden(const std::string& what) {
         const bool strict = stream->mode == cudaStreamCaptureModeGlobal || (ours && stream->mode != cudaStreamCaptureModeRelaxed);
         if (strict && thread_mode != cudaStreamCaptureModeRelaxed) {
             problem("while a graph is recorded: " + what);
+            stream->invalid = true;
             return true;
         }
     }

@@ -30,6 +30,7 @@ struct Stream {
     int id = 0;
     Clock clock;
     bool capturing = false;
+    bool invalid = false;  // what must not happen has happened since the capture began
     cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
     std::thread::id owner;
     unsigned long long capture = 0;

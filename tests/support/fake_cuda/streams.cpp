@@ -144,6 +144,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode mo
         return fail(cudaErrorStreamCaptureUnsupported);
     }
     stream.capturing = true;
+    stream.invalid = false;
     stream.mode = mode;
     stream.owner = std::this_thread::get_id();
     stream.capture = next_capture++;
@@ -157,6 +158,8 @@ cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* out) {
     Stream& stream = stream_of(handle);
     stream.capturing = false;
     std::erase(captures, &stream);
+    *out = nullptr;
+    if (stream.invalid) return fail(cudaErrorStreamCaptureInvalidated);
     *out = reinterpret_cast<cudaGraph_t>(new Graph{stream.nodes});
     return cudaSuccess;
 }
