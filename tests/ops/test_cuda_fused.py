@@ -17,7 +17,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from miniserve.ops.decoder import Attention
+from miniserve.ops.cuda_ops import CudaOps
+from miniserve.ops.decoder import Attention, Sizes
+from scripts.gpu import layers
+from scripts.gpu.setting import Setting
+from tests.support.reference_flashinfer import reference
 
 ROOT = Path(__file__).parents[2]
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -181,6 +185,19 @@ def turned(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     cos, sin = angles.double().cos().unsqueeze(1), angles.double().sin().unsqueeze(1)
     low, high = x[..., :size].chunk(2, -1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin, x[..., size:]), -1)
+
+
+def test_layers_as_a_model_calls_them(kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check of a GPU, with these kernels behind `CudaOps`: few rows and more than they multiply."""
+
+    def make_ops(device: Any, dtype: torch.dtype, sizes: Sizes, **more: Any) -> tuple[CudaOps, str]:
+        return CudaOps(device, dtype, sizes, reference(), (None, kernels)), ""
+
+    monkeypatch.setattr(layers, "make_ops", make_ops)
+    monkeypatch.setattr(layers, "ROWS", (3, 17))
+    figures = list(layers.check(Setting("cpu", True, tmp_path)))
+    assert len(figures) == 8
+    assert not [figure for figure in figures if not figure.ok]
 
 
 @pytest.mark.slow
