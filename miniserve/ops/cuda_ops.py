@@ -87,8 +87,8 @@ class CudaOps(CudaPlanner, Steps):
         self.records_mixtures = device.type != "cuda" or (hopper and dtype is torch.bfloat16)
 
     def try_out(self) -> str:
-        """Compute a little: the names of those that do. Raises `NoKernels` with FlashInfer's reason why it cannot: it
-        has compiled a kernel for these heads neither before nor now. What Triton cannot takes more kernels a layer."""
+        """Compute a little: the name of all kernels, and why, if so, Triton has none and a layer takes more of them.
+        Raises `NoKernels` with FlashInfer's reason: it has compiled one for these heads neither before nor now."""
         try:
             self._try()
         except Exception as error:  # of a compiler, a loader or CUDA
@@ -99,7 +99,7 @@ class CudaOps(CudaPlanner, Steps):
         except Exception as error:
             self._fused = None
             return f"flashinfer, slower without triton: {' '.join(str(error).split())[:300]}"
-        return "flashinfer, triton"
+        return "flashinfer"
 
     def _try(self) -> None:
         """What layers with this model's heads make of a decode and a prompt."""

@@ -61,9 +61,7 @@ def attention(run: Setting, kind: str, window: int = 0) -> Figures:
                 error, untouched, kernels = _attend(run, BATCHES[kind], dtype, dim, group, window)
                 worst, spoilt = max(worst, error), spoilt + (not untouched)
             if run.cuda and dtype is torch.bfloat16 and not window:  # what torch computes instead says nothing of it
-                yield Figure(
-                    f"FlashInfer attends heads of {dim}: {kernels}", int(kernels == "flashinfer, triton"), "", "==", 1
-                )
+                yield Figure(f"FlashInfer attends heads of {dim}: {kernels}", int(kernels == "flashinfer"), "", "==", 1)
             limit = ROUNDED if dtype is torch.bfloat16 and kernels.startswith("torch") else LIMIT[dtype]
             what = f"{kind} attention" + f" to the last {window} tokens" * bool(window)
             name = f"{what}, {short(dtype)}, head_dim {dim}, groups {', '.join(map(str, GROUPS))} ({kernels})"

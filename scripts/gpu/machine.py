@@ -52,7 +52,7 @@ def flashinfer(run: Setting) -> Figures:
     for dim in DIMS:  # first, since it sets what FlashInfer's import reads
         begun = time.perf_counter()
         kernels[dim] = make_ops(torch.device(run.device), torch.bfloat16, Sizes(8, dim, [8 * dim]))[1]
-        yield Figure(f"kernels for heads of {dim}", kernels[dim], "", "==", "flashinfer, triton")
+        yield Figure(f"kernels for heads of {dim}", kernels[dim], "", "==", "flashinfer")
         yield Figure(f"time to have them, heads of {dim}", time.perf_counter() - begun, "s")
     for name, load in modules().items():
         begun = time.perf_counter()
