@@ -30,6 +30,7 @@ from miniserve.hub import resolve as hub
 from miniserve.kv.hashing import root_hash
 from miniserve.ops.cpu_ops import CpuOps
 from miniserve.ops.quantized import Weight
+from miniserve.ops.steps import Steps
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker import build as building
 from miniserve.worker.engine import Engine
@@ -42,17 +43,17 @@ READ_BYTES = 1 << 28
 NAMES = ("rms_norm", "rope", "attention", "plan")
 
 
-class Timed:
+class Timed(Steps):
     """Ops that count their seconds. A matrix has the name of its place in a layer."""
 
     def __init__(self, inner: ops.StepOps) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self._inner = inner
         self._made = 0
+        vars(self).update({name: self._timed(name, getattr(inner, name)) for name in NAMES})
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._inner, name)
-        return self._timed(name, found) if name in NAMES else found
+        return getattr(self._inner, name)
 
     def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Any:
         name = ("qkv", "out", "down")[self._made % 3]

@@ -1,6 +1,5 @@
 """One decoder-only transformer for all families: which parts its layers have, their configuration says."""
 
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -63,17 +62,17 @@ class Transformer:
         In the shapes T is the number of new tokens, of which the last layer keeps the wanted rows. What the ranks of a
         group make of a layer is added up, the residual in the first one's.
         """
-        ops, weights, group = cast(StepOps, self.ops), self._weights, self.group
-        now = Pass(ops, plan, [table(positions) for table in self._rotary], weights.eps)
+        ops, weights, group, eps = cast(StepOps, self.ops), self._weights, self.group, self._weights.eps
+        rotary = [table(positions) for table in self._rotary]
         x = F.embedding(tokens, weights.embedding)  # [T, hidden]
         if weights.scale != 1:
             x *= weights.scale
         for layer in weights.layers:
-            h = ops.rms_norm(x, layer.input_norm, weights.eps)  # [T, hidden]
-            if isinstance(layer.mixer, Attention):
-                mixed = _attend(layer.mixer, h, now)  # [T, width]
+            mixer, norm = layer.mixer, layer.input_norm
+            if isinstance(mixer, Attention):
+                mixed = ops.attend(plan, mixer, x, norm, eps, rotary[mixer.rope])  # [T, width]
             else:
-                mixed = _recur(layer.mixer, h, now)  # [T, width]
+                mixed = _recur(mixer, ops.rms_norm(x, norm, eps), ops, plan, eps)  # [T, width]
             if layer is weights.layers[-1] and outputs is not None:
                 # No later layer reads the other rows, and of a prompt only the last one's logits are wanted.
                 if not len(outputs):  # a piece from the middle of a prompt: its KV is stored, and that is all
@@ -82,41 +81,16 @@ class Transformer:
             if layer.mixer_norm is None:
                 x = group.sum(layer.mixer.out(mixed, None if group.rank else x))  # [T, hidden]
             else:
-                x = x + ops.rms_norm(group.sum(layer.mixer.out(mixed)), layer.mixer_norm, weights.eps)
-            h = ops.rms_norm(x, layer.post_norm, weights.eps)  # [T, hidden]
+                x = x + ops.rms_norm(group.sum(layer.mixer.out(mixed)), layer.mixer_norm, eps)
+            mlp, norm = layer.mlp, layer.post_norm
             if layer.mlp_norm is None:
-                x = group.sum(_think(layer.mlp, h, None if group.rank else x, now))  # [T, hidden]
+                x = group.sum(_think(mlp, x, norm, None if group.rank else x, ops, eps))  # [T, hidden]
             else:
-                x = x + ops.rms_norm(group.sum(_think(layer.mlp, h, None, now)), layer.mlp_norm, weights.eps)
-        return (head or self.head)(ops.rms_norm(x, weights.norm, weights.eps))  # [T, vocab]
+                x = x + ops.rms_norm(group.sum(_think(mlp, x, norm, None, ops, eps)), layer.mlp_norm, eps)
+        return (head or self.head)(ops.rms_norm(x, weights.norm, eps))  # [T, vocab]
 
 
-@dataclass(frozen=True)
-class Pass:
-    """What all layers share in one pass over a batch: `plan` is that of `ops`, `rotary` has cos and sin of the batch's
-    positions by rotary table, `eps` is that of norms."""
-
-    ops: StepOps
-    plan: Any
-    rotary: list[Any]
-    eps: float
-
-
-def _attend(part: Attention, h: Tensor, now: Pass) -> Tensor:
-    """`h` `[T, hidden]` -> what the heads found, `[T, heads * dim]`; stores keys and values on the way."""
-    ops, heads, kv_heads, dim = now.ops, part.heads, part.kv_heads, part.dim
-    every = part.qkv(h).view(len(h), -1, dim)  # [T, heads + 2 * kv_heads (+ heads), dim]
-    sizes = heads, kv_heads, kv_heads
-    q, k, v = every[:, : sum(sizes)].split(sizes, 1)  # [T, heads, dim], 2 x [T, kv_heads, dim]
-    if part.q_norm is not None and part.k_norm is not None:
-        q = ops.rms_norm(q, part.q_norm, now.eps)
-        k = ops.rms_norm(k, part.k_norm, now.eps)
-    q, k = ops.rope(q, k, now.rotary[part.rope])
-    found = ops.attention(now.plan, part, q, k, v).flatten(1)  # [T, heads * dim]
-    return found * every[:, -heads:].flatten(1).sigmoid() if part.gated else found
-
-
-def _recur(part: DeltaNet, h: Tensor, now: Pass) -> Tensor:
+def _recur(part: DeltaNet, h: Tensor, ops: StepOps, plan: Any, eps: float) -> Tensor:
     """`h` `[T, hidden]` -> what was read from the state, `[T, v_heads * v_dim]`; the state goes on by T tokens.
 
     Gated Delta Networks, arXiv 2412.06464: in place of keys and values a state S, `[k_dim, v_dim]` for each head of
@@ -124,20 +98,22 @@ def _recur(part: DeltaNet, h: Tensor, now: Pass) -> Tensor:
     S <- a S + k (b (v - a S^T k))^T. A query reads S^T q.
     """
     qkv, z = part.qkvz(h).split((part.channels, part.v_heads * part.v_dim), 1)
-    read = now.ops.delta(now.plan, part, qkv, part.ba(h))  # [T, v_heads, v_dim]
-    normed = now.ops.rms_norm(read, part.norm, now.eps).flatten(1)
+    read = ops.delta(plan, part, qkv, part.ba(h))  # [T, v_heads, v_dim]
+    normed = ops.rms_norm(read, part.norm, eps).flatten(1)
     return normed * F.silu(z.float()).to(normed.dtype)
 
 
-def _think(part: Mlp | Experts, h: Tensor, residual: Tensor | None, now: Pass) -> Tensor:
-    """`h` `[T, hidden]` -> `[T, hidden]`, with the `residual` added, perhaps in its place."""
+def _think(part: Mlp | Experts, x: Tensor, norm: Tensor, residual: Tensor | None, ops: StepOps, eps: float) -> Tensor:
+    """`x` `[T, hidden]`, normed with the weights `norm`, -> `[T, hidden]`, with the `residual` added, perhaps in its
+    place."""
     if isinstance(part, Mlp):
-        return part.down(part.gate_up(h), residual)
+        return part.down(ops.product(part.gate_up, x, norm, eps), residual)
+    h = ops.rms_norm(x, norm, eps)  # [T, hidden]
     odds = part.router(h).softmax(-1)  # [T, experts]
     weights, ids = odds.topk(part.chosen, -1)  # 2 x [T, chosen]
     if part.renormed:
         weights /= weights.sum(-1, keepdim=True)
-    out = now.ops.mixture(part, h, ids, weights)
+    out = ops.mixture(part, h, ids, weights)
     if part.shared is not None and part.shared_gate is not None:
         out += part.shared.down(part.shared.gate_up(h)) * part.shared_gate(h).sigmoid().to(h.dtype)
     return out if residual is None else out.add_(residual)

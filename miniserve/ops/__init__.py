@@ -6,10 +6,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from miniserve.ops.decoder import Attention, Batch, DeltaNet, Experts, Head, Linear, Mlp, Sizes, State, Weights
+from miniserve.ops.decoder import Batch, DeltaNet, Experts, Head, Linear, Mlp, Sizes, State, Weights
 from miniserve.ops.group import Group
 from miniserve.ops.native import NoKernels
 from miniserve.ops.quantized import Weight
+from miniserve.ops.steps import Steps
 from miniserve.ops.torch_ops import TorchOps
 
 DRAFT_ROWS = 12
@@ -59,15 +60,8 @@ class Ops(Protocol):
         `[page, layer, k/v, slot, kv_head, head_dim]`, the last three in this order or in that of `layout`."""
 
 
-class StepOps(Ops, Protocol):
-    """`Ops` with a call for each operation."""
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Root mean square norm over the last dimension."""
-
-    def rope(self, q: Tensor, k: Tensor, cos_sin: Any) -> tuple[Tensor, Tensor]:
-        """Rotate `q` `[T, H, D]` and `k` `[T, Hkv, D]`, perhaps in place: of the first R numbers of a head, as many as
-        there are angles for twice, each with the one R / 2 away."""
+class StepOps(Ops, Steps, Protocol):
+    """`Ops` with a call for each operation, or for a few together."""
 
     def mixture(self, part: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """What the experts `ids` make of each row of `x` `[T, hidden]`, added up with their `weights`, both
@@ -76,9 +70,6 @@ class StepOps(Ops, Protocol):
     def delta(self, plan: Any, part: DeltaNet, qkv: Tensor, ba: Tensor) -> Tensor:
         """The convolution of `qkv` `[T, channels]`, and the delta rule with `ba` `[T, 2 * v_heads]`: what is read from
         the state, `[T, v_heads, v_dim]`. The state goes on by the new tokens (`ops/delta.py`)."""
-
-    def attention(self, plan: Any, part: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store the new tokens' `k`, `v` `[T, Hkv, D]` in the pool, then attend causally: `q` -> `[T, H, D]`."""
 
 
 @runtime_checkable
@@ -108,8 +99,7 @@ def make_ops(
             from miniserve.ops.cuda_ops import CudaOps
 
             made = CudaOps(device, dtype, sizes)
-            made.try_out()
-            return made, "flashinfer"
+            return made, made.try_out()
         from miniserve.ops.cpu_ops import CpuOps
 
         return CpuOps(dtype, sizes, page_tokens, progress), "native"

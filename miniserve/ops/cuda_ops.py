@@ -15,22 +15,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miniserve.ops.cuda_plan import CudaPlan, CudaPlanner
-from miniserve.ops.decoder import Attention, DeltaNet, Experts, Head, Linear, Mlp, Sizes
+from miniserve.ops.decoder import Attention, Batch, DeltaNet, Experts, Head, Linear, Mlp, Sizes
 from miniserve.ops.native import NoKernels
 from miniserve.ops.quantized import Weight, dense
+from miniserve.ops.steps import Steps, passed
 
 HEAD_DIMS = (64, 128, 256)
 
 
 @dataclass(frozen=True)
 class Product:
-    """cuBLAS, which adds the residual where it is: that is the add of a fused add and norm."""
+    """The kernels `fused`, if any, for few rows; for others cuBLAS. Both add the residual where it is."""
 
     weight: Tensor
     turned: Tensor
     bias: Tensor | None
+    fused: Any
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None, *more: Any) -> Tensor:
+        """`more`, as `cuda_fused.multiply` takes it, is for few rows alone."""
+        if few(self.fused, x):
+            return self.fused.multiply(x, self.weight, self.bias, residual, *more)
         if residual is None:
             return F.linear(x, self.weight, self.bias)
         out = residual.addmm_(x, self.turned)
@@ -43,8 +48,11 @@ class Gated:
 
     product: Product
     act: Callable[..., Tensor]
+    name: str
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None, *norm: Any) -> Tensor:
+        if few(self.product.fused, x):
+            return self.product(x, None, *(norm or (None, 0.0)), self.name)
         return self.act(input=self.product(x))
 
 
@@ -58,24 +66,60 @@ class Stacked:
     ids: Tensor
 
 
-class CudaOps(CudaPlanner):
-    """`Ops` of one GPU, with plans for CUDA graphs besides. `kernels` is the module flashinfer; tests put reference
-    math there, as they do for the kernel `delta`."""
+def few(fused: Any, x: Tensor) -> bool:
+    """Whether there are kernels of `cuda_fused`, and these are no more rows than they are for."""
+    return fused is not None and len(x) <= fused.ROWS
+
+
+class CudaOps(CudaPlanner, Steps):
+    """`Ops` of one GPU, with plans for CUDA graphs besides. `kernels` is the module flashinfer, `triton` the kernel
+    `delta` and the module `cuda_fused`, which has to be tried out; tests put reference math there."""
 
     layout = "slot, kv_head, head_dim"
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, sizes: Sizes, kernels: Any = None, delta: Any = None
+        self, device: torch.device, dtype: torch.dtype, sizes: Sizes, kernels: Any = None, triton: Any = (None, None)
     ) -> None:
         """Raises `NoKernels` where FlashInfer is missing or has none for this dtype or these heads."""
         super().__init__(kernels or _flashinfer(device, dtype, sizes.head_dim), device, dtype, sizes)
-        self._delta = delta
+        self._delta, self._fused = triton
         hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
         self.records_mixtures = device.type != "cuda" or (hopper and dtype is torch.bfloat16)
 
+    def try_out(self) -> str:
+        """Compute a little: the name of all kernels, and why, if so, Triton has none and a layer takes more of them.
+        Raises `NoKernels` with FlashInfer's reason: it has compiled one for these heads neither before nor now."""
+        try:
+            self._try()
+        except Exception as error:  # of a compiler, a loader or CUDA
+            raise NoKernels(f"FlashInfer cannot attend here ({error})") from error
+        try:
+            self._fused = importlib.import_module("miniserve.ops.cuda_fused")
+            self._try()
+        except Exception as error:
+            self._fused = None
+            return f"flashinfer, slower without triton: {' '.join(str(error).split())[:300]}"
+        return "flashinfer"
+
+    def _try(self) -> None:
+        """What layers with this model's heads make of a decode and a prompt."""
+        numbers = partial(torch.zeros, dtype=self._dtype, device=self._device)
+        sizes = self._heads, self._kv_heads, self._dim, self.scale
+        rows, kv = torch.zeros(5, dtype=torch.int64, device=self._device), numbers(2, 1, 2, 16, *sizes[1:3])
+        plan = self.plan(Batch(rows, rows, rows[:0], [1, 4], [1, 4], [[0], [1]]), kv)
+        x, norm, cos_sin = numbers(5, 64), numbers(self._dim), self.rotary(numbers(1, self._dim // 2).float(), kv.dtype)
+        matrix = numbers((self._heads + 2 * self._kv_heads) * self._dim, 64)
+        linear = self.linear(matrix)
+        for window in plan.decode:
+            for scale in (None, norm):
+                part = Attention(0, *sizes, window, 0, False, linear, scale, scale, linear)
+                self.attend(plan, part, x, x[0], 1e-6, cos_sin(rows))
+        linear(x, numbers(5, len(matrix)))
+        self.product(self.gated(matrix), x, x[0], 1e-6).tolist()  # waits
+
     def linear(self, weight: Weight, bias: Tensor | None = None) -> Product:
         plain = dense(weight, self._dtype)
-        return Product(plain, plain.t(), bias)
+        return Product(plain, plain.t(), bias, self._fused)
 
     def head(self, weight: Weight) -> Head:
         """On a GPU the sums of the product are float32, and never rounded to 16 bits."""
@@ -107,7 +151,7 @@ class CudaOps(CudaPlanner):
 
     def gated(self, weight: Weight, bias: Tensor | None = None, activation: str = "silu") -> Linear:
         act = self._fi.activation.silu_and_mul if activation == "silu" else self._fi.activation.gelu_tanh_and_mul
-        return Gated(self.linear(weight, bias), act)
+        return Gated(self.linear(weight, bias), act, activation)
 
     def stack(self, experts: list[Mlp]) -> Stacked:
         gates = [cast(Gated, expert.gate_up) for expert in experts]
@@ -141,11 +185,34 @@ class CudaOps(CudaPlanner):
         kept = self._fi.sampling.top_p_renorm_probs(probs=kept, top_p=top_p.squeeze(1), is_deterministic=True)
         return None, kept
 
+    def product(self, linear: Any, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        return linear(x, None, norm, eps) if self._norms(x) else super().product(linear, x, norm, eps)
+
+    def _norms(self, x: Tensor) -> bool:
+        """Whether a product can norm first: before the factor of a row is known, its numbers could overflow fp16."""
+        return few(self._fused, x) and self._dtype is not torch.float16
+
+    def attend(self, plan: CudaPlan, part: Attention, x: Tensor, norm: Tensor, eps: float, cos_sin: Any) -> Tensor:
+        if self._fused is None:
+            return super().attend(plan, part, x, norm, eps, cos_sin)
+        if part.q_norm is None and self._norms(x):
+            product = cast(Product, part.qkv)
+            made = self._fused.queries(x, product.weight, product.bias, norm, eps, part, plan, cos_sin[1])
+        else:
+            made = self.product(part.qkv, x, norm, eps)
+            self._fused.heads(made, eps, part, plan, cos_sin[1])
+        every = made.view(len(x), -1, part.dim)
+        return passed(part, self._found(plan, part, every[:, : part.heads]), every)
+
     def attention(self, plan: CudaPlan, part: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        new = {"append_key": k, "append_value": v, "paged_kv_cache": plan.layers[part.index]}
+        self._fi.page.append_paged_kv_cache(**new, **plan.places, kv_layout="NHD")
+        return self._found(plan, part, q)
+
+    def _found(self, plan: CudaPlan, part: Attention, q: Tensor) -> Tensor:
+        """What queries find among the keys and values that are stored."""
         assert part.scale == self.scale, "what was planned for"
         pages = plan.layers[part.index]
-        new = {"append_key": k, "append_value": v, "paged_kv_cache": pages}
-        self._fi.page.append_paged_kv_cache(**new, **plan.places, kv_layout="NHD")
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if plan.decode:
             plan.decode[part.window].run(q=q[: plan.decodes], paged_kv_cache=pages, out=out[: plan.decodes])

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from miniserve.ops.decoder import Batch, Sizes, State
-from miniserve.ops.native import NoKernels
 
 MOST_DECODES = 512
 """Of one CUDA graph."""
@@ -125,21 +124,6 @@ class CudaPlanner:
         names = "kv_indptr", "kv_last_page_len", "kv_indices", "batch_indices"
         places = {name: made[name] for name in names} | {"positions": batch.positions.int()}
         return CudaPlan(_views(kv), decodes, *wrappers, places, made["starts"], state, made["slots"])
-
-    def try_out(self) -> None:
-        """Attend a decode and a prompt. Raises `NoKernels` with FlashInfer's reason why it cannot: it has compiled a
-        kernel for these heads neither before nor now."""
-        numbers = partial(torch.zeros, device=self._device)
-        rows, kv = numbers(5, dtype=torch.int64), numbers(2, 1, 2, 16, self._kv_heads, self._dim, dtype=self._dtype)
-        q = numbers(4, self._heads, self._dim, dtype=self._dtype)
-        try:
-            plan = self.plan(Batch(rows, rows, rows[:0], [1, 4], [1, 4], [[0], [1]]), kv)
-            for wrappers, count in ((plan.decode, 1), (plan.prefill, 4)):
-                for wrapper in wrappers.values():
-                    wrapper.run(q=q[:count], paged_kv_cache=plan.layers[0], out=torch.empty_like(q[:count]))
-            rows.tolist()  # waits
-        except Exception as error:  # of a compiler, a loader or CUDA
-            raise NoKernels(f"FlashInfer cannot attend here ({error})") from error
 
     def fixed_plan(self, size: int, kv: Tensor, state: State | None, tables: int) -> CudaPlan:
         """A plan for decodes of `size` sequences, to be filled, whose tensors stay where they are. They have room for

@@ -12,6 +12,7 @@ from torch import Tensor
 from miniserve.ops.decoder import Attention, Batch, DeltaNet, Experts, Head, Linear, Mlp, State
 from miniserve.ops.delta import delta
 from miniserve.ops.quantized import Weight, dense
+from miniserve.ops.steps import Steps
 
 SORTED = 1024
 """Candidates that are sorted at first: nearly always enough for top_k, top_p and min_p."""
@@ -93,7 +94,7 @@ def filter_sorted(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) ->
     return ids, weights * keep
 
 
-class TorchOps:
+class TorchOps(Steps):
     """`Ops` of any dtype on any device. Weights of 4 and 8 bits are dequantized to `dtype`."""
 
     layout = "slot, kv_head, head_dim"

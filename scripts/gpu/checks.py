@@ -66,6 +66,7 @@ def fast(name: str, function: str, seconds: float, look: str, **arguments: Any) 
 ATTENTION = "ops/cuda_plan.py: plan() (indptrs, lengths of last pages); CudaOps.attention: strides of a layer's pages"
 INSTALLED = "wheels and FLASHINFER_* variables (docs/gpu.md); a module that is missing is compiled or refused"
 PARTS = "CudaOps' call of that kernel in ops/cuda_ops.py: argument names, dtype, what is written in place"
+LAYERS = "ops/cuda_fused.py, which Triton compiles first; with 40 rows only its kernel of heads is called"
 GRAPHS = "worker/graphs.py and fill() in ops/cuda_plan.py: which tensors a recorded plan reads; the planner's event"
 IPC = "kv/memory.py: the exported handle; map_pool() in kv/transfer/mapped.py; copy_pages() in kv/side.py"
 PATH = "'error of logits': if it is too large a kernel is wrong, if not the engine; 'kernels' says whose they are"
@@ -87,6 +88,7 @@ SMOKE = Stage(
         *(correct(f"kernels {k}", "kernels:attention", 30, ATTENTION, kind=k) for k in ("decode", "prefill", "mixed")),
         correct("kernels between", "kernels:between", 20, PARTS),
         correct("kernels products", "kernels:products", 20, PARTS),
+        correct("kernels layers", "layers:check", 30, LAYERS),
         correct("ipc", "handoff:same_bytes", 40, IPC),
         fast("early ceilings", "ceilings:check", 15, CLOCKS),
         correct("graphs", "capture:check", 40, GRAPHS),

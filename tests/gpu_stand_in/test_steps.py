@@ -21,10 +21,11 @@ LAUNCHES = {
     "graphs, overlap: decode, filtered": 82,
     "graphs, overlap: decode, penalized": 76,
     "graphs, no overlap: decode, greedy": 16,
-    "eager, overlap: decode, greedy": 42,
-    "graphs, overlap: append": 39,
+    "eager, overlap: decode, greedy": 32,
+    "graphs, overlap: append": 35,
 }
-NODES_OF_A_LAYER = 11
+# Of a layer, in the graph of so many decodes: with few rows Triton's kernels do what lies beside the products, too.
+NODES = {"llama-3-8b, 1": 6, "llama-3-8b, 16": 6, "llama-3-8b, 24": 10, "qwen3-8b, 16": 7, "qwen3-8b, 24": 10}
 NODES_BESIDES = 4
 
 
@@ -60,6 +61,7 @@ def test_no_step_launches_more(found: dict[str, Any], step: str) -> None:
     assert found["steps"][step]["launches"] <= LAUNCHES[step]
 
 
-def test_no_graph_has_more_nodes(found: dict[str, Any]) -> None:
-    assert found["nodes of a layer"] <= NODES_OF_A_LAYER
-    assert found["nodes besides"] <= NODES_BESIDES
+@pytest.mark.parametrize("graph", NODES)
+def test_no_graph_has_more_nodes(found: dict[str, Any], graph: str) -> None:
+    """Llama-3-8B has 32 layers: 196 of a decode."""
+    assert found["nodes"][graph] == {"of a layer": NODES[graph], "besides": NODES_BESIDES}

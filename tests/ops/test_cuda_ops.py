@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from miniserve.worker import build
 from miniserve.worker.graphs import LADDER, DecodeGraphs, Replay
 from miniserve.worker.sampler import Sampler
 from miniserve.worker.sequence import Sequence
-from tests.support import tiny
+from tests.support import reference_fused, tiny
 from tests.support.engines import clean, greedy, prompts
 from tests.support.kv_pools import memory_as_on_a_gpu
 from tests.support.parts import attention_part
@@ -36,10 +37,11 @@ CPU = torch.device("cpu")
 BF16 = torch.bfloat16
 PAGE = 4
 WINDOWS = [0, 3]
+BOTH = [(False, False), (False, True), (True, False), (True, True)]
 
 
 def ops(heads: int = 4, head_dim: int = 64) -> CudaOps:
-    return CudaOps(CPU, BF16, Sizes(heads, head_dim, (), windows=WINDOWS), reference(), delta)
+    return CudaOps(CPU, BF16, Sizes(heads, head_dim, (), windows=WINDOWS), reference(), (delta, None))
 
 
 def batch_of(lengths: list[int], contexts: list[int], pool: int, seed: int) -> Batch:
@@ -180,6 +182,38 @@ def test_kernels_are_tried_out(monkeypatch: pytest.MonkeyPatch) -> None:
         made.try_out()
 
 
+def test_without_triton_the_banner_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it has no C compiler, or a kernel fails: then each operation has a kernel of its own."""
+    made = CudaOps(CPU, BF16, Sizes(4, 64, (), windows=WINDOWS, kv_heads=2), reference())
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("Failed to find\n C compiler")
+
+    monkeypatch.setitem(sys.modules, "miniserve.ops.cuda_fused", None)
+    assert made.try_out().startswith("flashinfer, slower without triton: ")
+    monkeypatch.setitem(
+        sys.modules, "miniserve.ops.cuda_fused", SimpleNamespace(ROWS=16, multiply=broken, queries=broken)
+    )
+    assert made.try_out() == "flashinfer, slower without triton: Failed to find C compiler"
+    assert made.linear(torch.zeros(64, 64)).fused is None
+    monkeypatch.setitem(sys.modules, "miniserve.ops.cuda_fused", reference_fused)
+    assert made.try_out() == "flashinfer"
+    assert made.linear(torch.zeros(64, 64)).fused is reference_fused
+
+
+def test_in_fp16_a_norm_is_a_kernel_of_its_own() -> None:
+    """Times the norm's weights, and not yet divided by the root of the mean square, x would overflow."""
+    x, norm = torch.full((1, 64), 3e4, dtype=torch.float16), torch.full((64,), 4.0, dtype=torch.float16)
+    weight = torch.eye(64, dtype=torch.float16)
+    for dtype, kernel in ((torch.float16, False), (BF16, True)):
+        norms: list[Any] = []
+        spied = SimpleNamespace(ROWS=16, multiply=lambda *args, norms=norms: norms.append(args[4:5]) or args[0])
+        made = CudaOps(CPU, dtype, Sizes(4, 64, ()), reference(), (delta, spied))
+        found = made.product(made.linear(weight), x, norm, 1e-5)
+        assert (norms == [(norm,)]) == kernel
+        assert kernel or torch.equal(found, torch.full_like(x, 4.0))
+
+
 def test_nothing_imports_flashinfer_on_a_cpu() -> None:
     code = "import miniserve.worker.build, miniserve.llm, sys; print('flashinfer' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
@@ -210,11 +244,11 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[LLM, Rec
     """Makes an `LLM` whose engine computes with CudaOps and replays decodes, as on a GPU; in fp32, so that its text can
     be compared."""
 
-    def make(folder: Path, *, eager: bool = False, **engine: Any) -> tuple[LLM, Recorder]:
+    def make(folder: Path, *, eager: bool = False, fused: Any = reference_fused, **engine: Any) -> tuple[LLM, Recorder]:
         recorder = Recorder()
 
         def cuda_ops(device: Any, dtype: Any, sizes: Sizes, *rest: Any, **more: Any) -> tuple[CudaOps, str]:
-            return CudaOps(CPU, dtype, sizes, reference(), delta), "flashinfer"
+            return CudaOps(CPU, dtype, sizes, reference(), (delta, fused)), "flashinfer"
 
         monkeypatch.setattr(build, "KVMemory", memory_as_on_a_gpu)
         monkeypatch.setattr(build, "make_ops", cuda_ops)
@@ -232,13 +266,19 @@ def models(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     return tiny_models | {arch: tiny.make_model(root / arch, arch, seed=7) for arch in tiny.NEWER}
 
 
-@pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
-@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+WAYS = {f"{'eager' if eager else 'graphs'}{', overlap' * ahead}": (eager, ahead, True) for eager, ahead in BOTH}
+WAYS |= {"graphs, without triton": (False, False, False)}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("arch", ["llama", "llama3", "qwen2", "qwen3", "mistral", *tiny.NEWER])
-def test_greedy_text(models, as_on_a_gpu, arch: str, eager: bool, overlap: bool) -> None:
-    """Mixed steps, padded decodes, steps ahead: the text is transformers'."""
-    items = prompts(7, seed=11)
-    llm, recorder = as_on_a_gpu(models[arch], eager=eager, async_scheduling=overlap, max_num_batched_tokens=40)
+def test_greedy_text(models, as_on_a_gpu, arch: str, way: str) -> None:
+    """Mixed steps of few rows and of many, padded decodes, steps ahead: the text is transformers'."""
+    items, (eager, overlap, triton) = prompts(7, seed=11), WAYS[way]
+    fused = reference_fused if triton else None
+    llm, recorder = as_on_a_gpu(
+        models[arch], eager=eager, fused=fused, async_scheduling=overlap, max_num_batched_tokens=40
+    )
     assert greedy(llm, items, 12) == tiny.reference(models[arch], items, 12)
     assert (recorder.replays == 0) == eager
     assert clean(llm)

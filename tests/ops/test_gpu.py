@@ -23,6 +23,7 @@ HERE = (
     "kernels state",
     "kernels between",
     "kernels products",
+    "kernels layers",
     "parity qwen3 fp32",
     "sampling",
     "ipc",

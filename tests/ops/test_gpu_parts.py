@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 def cuda_ops(device: Any, dtype: Any, sizes: Sizes, *rest: Any, **more: Any) -> tuple[CudaOps, str]:
     """As `make_ops`: CudaOps over reference math."""
-    return CudaOps(CPU, dtype, sizes, reference(), delta), "flashinfer"
+    return CudaOps(CPU, dtype, sizes, reference(), (delta, None)), "flashinfer"
 
 
 @pytest.fixture

@@ -10,10 +10,11 @@ import torch
 from miniserve.model.transformer import Transformer
 from miniserve.ops.cpu_ops import CpuOps, NativePlan, Structs
 from miniserve.ops.decoder import Attention, DeltaNet, Experts
+from miniserve.ops.steps import Steps
 from miniserve.ops.torch_ops import rotary_tables
 
 
-class NativeKernels(CpuOps):
+class NativeKernels(CpuOps, Steps):
     """`StepOps` over what some `CpuOps` prepare."""
 
     fuse = None

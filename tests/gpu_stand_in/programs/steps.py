@@ -83,11 +83,12 @@ def steps(built: Built) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "append", seen(Log(), log)
 
 
-def nodes_of_a_graph(layers: int) -> int:
-    """Nodes of the graph of 8 decodes."""
+def nodes_of_a_graph(preset: str, layers: int, size: int) -> int:
+    """Nodes of the graph of so many decodes, which is recorded first."""
     with logged() as log:
-        engine("llama-3-8b", layers, max_model_len=2048, cuda_graph_sizes=[8])
-    return len(log.of("C"))
+        engine(preset, layers, max_model_len=2048, max_num_seqs=size)
+    # Each ends with the copy of its logits.
+    return next(at for at, line in enumerate(log.of("C"), 1) if line.what.startswith("copy"))
 
 
 def main() -> None:
@@ -100,8 +101,11 @@ def main() -> None:
             name = f"{'eager' if eager else 'graphs'}, {'overlap' if overlap else 'no overlap'}"
             found |= {f"{name}: {step}": what for step, what in steps(built)}
             del built
-    few, more = nodes_of_a_graph(2), nodes_of_a_graph(4)
-    print(json.dumps({"steps": found, "nodes of a layer": (more - few) / 2, "nodes besides": 2 * few - more}))
+    nodes = {}
+    for preset, size in (("llama-3-8b", 1), ("llama-3-8b", 16), ("llama-3-8b", 24), ("qwen3-8b", 16), ("qwen3-8b", 24)):
+        few, more = (nodes_of_a_graph(preset, layers, size) for layers in (2, 4))
+        nodes[f"{preset}, {size}"] = {"of a layer": (more - few) / 2, "besides": 2 * few - more}
+    print(json.dumps({"steps": found, "nodes": nodes}))
 
 
 if __name__ == "__main__":
