@@ -4,6 +4,7 @@ A graph is recorded for a batch size and replayed with other numbers in the same
 next size of a ladder. The rows that are added decode a token at position 0 of the pool's scratch page and slot.
 """
 
+import ctypes
 from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import suppress
@@ -69,6 +70,8 @@ class CudaRecorder:
                 compute()
         except RuntimeError:
             # If CUDA gave it up, torch takes it for still under way; the outer context has come back to our stream.
+            # And torch ends the process when a graph is deleted that it had no memory to begin: this one never is.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(graph))
             with suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(self._side.device.index, self._pool)
             raise
