@@ -89,6 +89,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return self.temperature < 1e-5 or self.top_k == 1
 
     @property
+    def filtered(self) -> bool:
+        """Whether only some tokens may be drawn."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
     def penalized(self) -> bool:
         """Whether tokens that came before are less likely, or likelier."""
         return self.repetition_penalty != 1.0 or bool(self.presence_penalty or self.frequency_penalty)

@@ -94,8 +94,10 @@ class Pieces:
         for piece, _ in self.sizes.values():
             keep = msgspec.structs.replace(piece.keep, gap=piece.keep.gap or UNKNOWN_GAP)
             worth[piece.name] = need(keep, max(now - piece.end, 0.0)) * (keep.page_seconds or 1.0)
+        # The dearest first, of equals the latest: so each is raised once, however long a conversation is.
+        pieces = sorted((piece for piece, _ in reversed(self.sizes.values())), key=lambda piece: -worth[piece.name])
         worth[coming.name] = inf
-        for piece in (coming, *(piece for piece, _ in self.sizes.values())):
+        for piece in (coming, *pieces):
             least, before = worth[piece.name], self._home.get(piece.parent or b"")
             while before is not None and worth[before.name] <= least:  # what comes before is worth more
                 worth[before.name] = least = nextafter(least, inf)

@@ -24,7 +24,7 @@ def refusal(device: int, handle: bytes) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
     except subprocess.TimeoutExpired as error:
-        return str(error)
+        return f"another process had not opened it after {error.timeout:.0f} s"
 
 
 if __name__ == "__main__":

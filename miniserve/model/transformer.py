@@ -35,7 +35,7 @@ class Transformer:
 
     def _logits(self, made: Tensor) -> Tensor:
         """From what each rank has made."""
-        return self.group.gather(made)[:, : self.config.vocab_size]
+        return self.group.gather(made)[:, : self.config.vocab_size].contiguous()
 
     @property
     def device(self) -> torch.device:

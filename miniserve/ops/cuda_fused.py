@@ -159,7 +159,8 @@ def _queries(
 def _heads(
     qkv, q_norm, k_norm, eps, table, positions, sequences, starts, indices, pool, rows, width, shape: tl.constexpr
 ):
-    row, head, pair = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.program_id(1), tl.arange(0, shape.dim // 2)
+    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)  # a long prompt has more than 2**31 numbers
+    head, pair = tl.program_id(1), tl.arange(0, shape.dim // 2)
     first, second = _number(pair, 0, shape), _number(pair, 1, shape)
     at = qkv + row[:, None] * width + head * shape.dim
     low = tl.load(at + first, (row < rows)[:, None], 0.0).to(tl.float32)

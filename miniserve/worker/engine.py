@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from miniserve.cluster.messages import Counters, Ended, Failed, FirstToken, Keep, Tokens, TurnOutput
+from miniserve.cluster.messages import Counters, Ended, Failed, FirstToken, Keep, StepTime, Tokens, TurnOutput
 from miniserve.kv.disk import Disk
 from miniserve.kv.host import HostPool
 from miniserve.kv.pages import PagePool
@@ -260,8 +260,7 @@ class Engine:
         sampled = step.launched()
         now = self.clock()
         # The device began with it when the step before had ended.
-        seconds, self._ended = now - max(step.started, self._ended), now
-        timed = msgspec.structs.replace(step.time, seconds=seconds)
+        timed, self._ended = self._timed(step.time, now - max(step.started, self._ended)), now
         if self.pace is not None:
             self.pace.observe(timed)
         result = StepResult(time=timed)
@@ -281,6 +280,10 @@ class Engine:
             elif work.sequence.prefill_for is not None:
                 result.prefilled.append((work.sequence, None))
         return result
+
+    def _timed(self, step: StepTime, seconds: float) -> StepTime:
+        """What is observed of a step that took so long."""
+        return msgspec.structs.replace(step, seconds=seconds)
 
     def _computed(self, work: Work) -> None:
         """The KV of the work's tokens is there, unless the sequence was preempted since: then only tokens are left."""

@@ -137,11 +137,12 @@ class Sampler:
             self._shape(logits[row], sequence, numbers[row])
         self._follow_grammars(logits, sequences)
         tokens = logits.argmax(-1)
-        drawn = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
-        if drawn:
-            points = [uniform(sequences[row].seed, numbers[row]) for row in drawn]
-            picked = self._draw(_rows(logits, drawn), [sequences[row].params for row in drawn], points)
-            tokens = picked if len(drawn) == len(sequences) else tokens.index_copy(0, put(drawn, logits.device), picked)
+        for filtered in (False, True):  # apart, since a filter draws in another order
+            drawn = [i for i, s in enumerate(sequences) if not s.params.greedy and s.params.filtered is filtered]
+            if drawn:
+                points = [uniform(sequences[row].seed, numbers[row]) for row in drawn]
+                picked = self._draw(_rows(logits, drawn), [sequences[row].params for row in drawn], points)
+                tokens = tokens.index_copy(0, put(drawn, logits.device), picked)
         self._rows, self._tokens = {sequence: row for row, sequence in enumerate(sequences)}, tokens
         if raw is None:
             return Samples(tokens)
@@ -194,7 +195,7 @@ class Sampler:
             logits.index_copy_(0, rows, logits[rows].masked_fill_(mask, -torch.inf))
 
     def _draw(self, logits: torch.Tensor, params: list[SamplingParams], points: list[float]) -> torch.Tensor:
-        """Draw one id a row by inverting the cumulative distribution at the request's own random number (`points`)."""
+        """Draw one id a row by inverting the cumulative distribution at its own point; all are filtered, or none is."""
 
         def column(values: list[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return put(values, logits.device, dtype).unsqueeze(1)
@@ -202,7 +203,7 @@ class Sampler:
         temperature = column([p.temperature for p in params])
         at = column(points, torch.float64)
         probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
-        if all(p.top_k <= 0 and p.top_p >= 1 and p.min_p <= 0 for p in params):
+        if not params[0].filtered:
             return _invert(probs, at).squeeze(1)
         top_k = column([p.top_k if 0 < p.top_k < probs.shape[1] else probs.shape[1] for p in params], torch.int32)
         top_p, min_p = column([p.top_p for p in params]), column([p.min_p for p in params])

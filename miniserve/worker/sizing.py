@@ -113,7 +113,7 @@ def choose_device(name: str, rank: int = 0) -> torch.device:
     """`auto` is CUDA, if any; a `rank` has the GPU so many after the named one. Raises `ConfigError`."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"(cpu|cuda)(:\d\d?)?", name):
+    if not re.fullmatch(r"(cpu|cuda)(:0|:[1-9][0-9]?)?", name):
         raise ConfigError(f"--device {name!r} is not supported: use auto, cpu or cuda.")
     device = torch.device(name)
     if device.type == "cpu":

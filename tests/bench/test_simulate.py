@@ -66,6 +66,20 @@ def test_a_stride_is_its_steps(policy: str, monkeypatch: pytest.MonkeyPatch):
     assert len(found[1].gaps) == len(found[0].gaps)
 
 
+def test_a_stride_paces_prompts_as_its_steps_do(monkeypatch: pytest.MonkeyPatch):
+    """A long prompt beside a stream that went on in strides takes no longer steps than beside one that did not."""
+    work = [Script("stream", (TurnSize(100, 600),)), Script("prompt", (TurnSize(30_000, 50),))]
+    config = simulated(work, "1D", "observe", 0.5, A40)
+    found = []
+    for longest in (1, LONGEST_STRIDE):
+        monkeypatch.setattr("miniserve.bench.simulate.worker.LONGEST_STRIDE", longest)
+        made = Simulation(replace(config, workload=replace(config.workload, starts=[0.0, 2.0])))
+        made.run()
+        found.append((max(made.gaps), [latency(times).ttfet for times in made.times]))
+    (gap, ttfet), many = found
+    assert many == (pytest.approx(gap, rel=0.01), pytest.approx(ttfet, rel=0.01))
+
+
 # --- known answers --------------------------------------------------------------------------------------------------
 
 

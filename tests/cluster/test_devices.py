@@ -219,3 +219,9 @@ def test_files_in_a_containers_memory_give_way(monkeypatch: pytest.MonkeyPatch, 
     assert sizing.memory_available() == 15 * GIB
     (tmp_path / "sys/fs/cgroup/memory.max").write_text("max\n")
     assert sizing.memory_available() == 60 * GIB
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:01", "cpu:00", "cuda:100", "cuda:٣", "cuda:1\n", "mps"])
+def test_what_is_no_device_says_how_to_write_one(name: str) -> None:
+    with pytest.raises(ConfigError, match="is not supported: use auto, cpu or cuda"):
+        sizing.choose_device(name)

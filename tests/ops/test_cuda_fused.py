@@ -179,6 +179,19 @@ def test_heads(kernels, heads: int, kv_heads: int, dim: int, rotary: int, gated:
         assert torch.equal(kv, expected)
 
 
+def test_a_row_begins_behind_the_first_two_billion_numbers(kernels) -> None:
+    """As those of a prompt of 200,000 tokens do in a large model. The memory between rows is never touched."""
+    rows, dim, stride = kernels.ROWS + 1, 64, 2**31 // kernels.ROWS + 64
+    qkv = torch.empty(rows * stride, dtype=FP16).as_strided((rows, 3 * dim), (stride, 1))
+    qkv.copy_(normal(rows, 3 * dim))
+    kv, values = torch.zeros(rows, 1, 2, 1, 1, dim, dtype=FP16), qkv[:, 2 * dim :].clone()
+    each = torch.arange(rows + 1).int()
+    places = {"positions": each[:rows] * 0, "batch_indices": each[:rows], "kv_indptr": each, "kv_indices": each[:rows]}
+    plan: Any = SimpleNamespace(layers=[(kv[:, 0, 0], kv[:, 0, 1])] * 2, places=places)
+    kernels.heads(qkv, EPS, attention(1, 1, dim, False, None), plan, torch.ones(1, dim))
+    assert torch.equal(kv[:, 0, 1, 0, 0], values)
+
+
 def turned(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     """The first numbers of each head rotate, each with the one half of them away."""
     size = 2 * angles.shape[1]

@@ -8,6 +8,7 @@ import random
 import shutil
 import threading
 import time
+from math import nextafter
 from pathlib import Path
 
 import msgspec
@@ -16,8 +17,9 @@ import torch
 
 from miniserve.cluster.messages import Keep
 from miniserve.config import ConfigError
+from miniserve.kv import disk as disks
 from miniserve.kv import swap as swapping
-from miniserve.kv.disk import Disk, Piece
+from miniserve.kv.disk import Disk, Piece, Pieces
 from miniserve.kv.eviction import ExpectedNeed
 from miniserve.kv.files import Folder
 from miniserve.kv.host import HostPool
@@ -202,6 +204,21 @@ def test_the_folder_stays_as_small_as_it_is_told(tiny_folder: Path, tmp_path: Pa
     assert found[3] == 112, "due in seconds"
     assert set(found) >= {64, 112}
     assert min(found) == 64, "what all begin with is there"
+
+
+@pytest.mark.parametrize("dearer", [0.0, 0.001, -0.001])
+def test_what_has_to_go_is_found_in_time_for_each_piece(monkeypatch: pytest.MonkeyPatch, dearer: float) -> None:
+    """Not for all pairs of a long conversation, of which later pages take longer to compute than the first ones."""
+    made, chain = Pieces(), [number.to_bytes(4) for number in range(500)]
+    for number, (parent, digest) in enumerate(zip([None, *chain], chain, strict=False)):
+        keep = Keep("one", gap=10.0, chance=0.5, page_seconds=1 + dearer * number)
+        made.add(Piece([digest], parent, [], keep, 0.0), 1)
+    raised: list[float] = []
+    monkeypatch.setattr(disks, "nextafter", lambda *of: raised.append(of[0]) or nextafter(*of))
+    found = made.surplus(400, 20.0, Piece([b"new"], None, [], Keep(), 20.0))
+    assert found == [digest + digest for digest in reversed(chain[500 - len(found) :])]
+    assert len(found) >= 100
+    assert len(raised) <= len(chain)
 
 
 def test_what_is_computed_sooner_is_not_read(tiny_folder: Path, left: tuple[Path, list[int], list[int]]) -> None:

@@ -65,6 +65,19 @@ def test_fewer_heads_of_keys_than_ranks_and_an_odd_vocabulary(tmp_path, kv_heads
         assert greedy(built[0].engine, ITEMS, TOKENS) == tiny.reference(folder, ITEMS, TOKENS)
 
 
+def test_penalties_with_an_odd_vocabulary(tmp_path):
+    """The rows of logits are then shorter than what the ranks give for them."""
+    folder = tiny.make_model(tmp_path / "m", "llama", vocab=323)
+    params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, repetition_penalty=1.4)
+    texts = []
+    for ranks in (1, 2):
+        with several(folder, ranks) as built:
+            outputs = generate(built[0].engine, ITEMS, params)
+            texts.append([[token for output in each for token in output.tokens] for each in outputs])
+    assert texts[0] == texts[1]
+    assert texts[0] != tiny.reference(folder, ITEMS, TOKENS)
+
+
 @pytest.mark.parametrize("arch", ["gemma3", "qwen3_moe"])
 def test_bf16_text_is_the_same_in_any_batch(wide, arch):
     with several(wide[arch], 2, dtype="bfloat16") as built:

@@ -32,7 +32,7 @@ from miniserve.worker.engine import Engine
 from miniserve.worker.handoff import Handoffs
 from miniserve.worker.process import Worker
 from miniserve.worker.sequence import Sequence, State
-from miniserve.worker.step import Launched, Sampled, StepResult, Work
+from miniserve.worker.step import Launched, Sampled, Work
 
 LAYOUT = "simulated"
 PATIENCE = 30.0
@@ -209,7 +209,7 @@ class Foresight(Drafter):
 
 
 class Strider(Engine):
-    """The engine of a worker that takes strides. What it reports of one is the mean of its steps."""
+    """The engine of a worker that takes strides. What it observes of one is the mean of its steps."""
 
     runner: SimulatedWorker
 
@@ -218,13 +218,11 @@ class Strider(Engine):
         if sequence.drafter is not None:
             sequence.drafter = Foresight(self.runner, sequence)
 
-    def step(self) -> StepResult:
-        result, steps = super().step(), self.runner.stride
-        if steps > 1 and (time := result.time) is not None:
-            count = time.decodes // steps
-            context = time.decode_context + count * (steps - 1) // 2
-            result.time = StepTime(0, 0, count, context, time.seconds / steps)
-        return result
+    def _timed(self, step: StepTime, seconds: float) -> StepTime:
+        if (steps := self.runner.stride) == 1:
+            return super()._timed(step, seconds)
+        count = step.decodes // steps
+        return StepTime(0, 0, count, step.decode_context + count * (steps - 1) // 2, seconds / steps)
 
 
 @dataclass
