@@ -53,7 +53,8 @@ def page_tables(
 def workspace_bytes(heads: int, kv_heads: int, head_dim: int, processors: int) -> int:
     """What FlashInfer's FA2 takes at most for the partial sums of a split attention, on a GPU with so many
     multiprocessors: `PrefillPlan` and `PrefillSplitQOKVIndptr` in its attention/scheduler.cuh (0.6). A prompt is split
-    into no more blocks than run at once; a graph of decodes has room for a tile of each sequence besides."""
+    into no more blocks than run at once; a graph of decodes has room for a tile of each sequence besides, and one of
+    appends for fewer numbers, as long as it has no more than 256 rows and 32 sequences."""
     group, blocks = heads // kv_heads, 2 * processors // kv_heads
     widest = 128 if head_dim < 256 else 64
     tile = min(widest, next((rows for rows in (16, 64) if group <= rows), 128))
@@ -77,8 +78,8 @@ class CudaPlanner:
         room = workspace_bytes(self._heads, self._kv_heads, self._dim, processors)
         # FlashInfer wants zeros there before the first use. Steps run one after the other, so they can share it.
         self._workspace = torch.zeros(room if self._pinned else 2**10, dtype=torch.uint8, device=device)
-        wrapper = partial(fi.BatchPrefillWithPagedKVCacheWrapper, self._workspace, kv_layout="NHD", backend="fa2")
-        self._prefill = {window: wrapper() for window in sorted(sizes.windows)}
+        self._windows = sorted(sizes.windows)
+        self._prefill = self._prefill_wrappers()
         self._decode: dict[int, Any] = {}
         self._planned: torch.cuda.Event | None = None
 
@@ -107,17 +108,15 @@ class CudaPlanner:
             self._decode = self._decode or self._decode_wrappers(kv)
             begins, lasts = host["kv_indptr"][: decodes + 1], host["kv_last_page_len"][:decodes]
             self._plan_decode(self._decode, kv, indptr=begins, indices=made["kv_indices"][:split], last_page_len=lasts)
-        for window, wrapper in self._prefill.items() if decodes < count else ():
-            wrapper.plan(
+        if decodes < count:
+            self._plan_prefill(
+                self._prefill,
+                kv,
                 qo_indptr=host["prefills"],
                 paged_kv_indptr=host["later"],
                 paged_kv_indices=made["kv_indices"][split:],
                 paged_kv_last_page_len=host["kv_last_page_len"][decodes:],
                 seq_lens=host["contexts"],
-                **self._shape(kv),
-                head_dim_qk=self._dim,
-                causal=True,
-                window_left=window - 1,
             )
         self._end_planning()
         wrappers = self._decode if decodes else {}, self._prefill if decodes < count else {}
@@ -125,50 +124,77 @@ class CudaPlanner:
         places = {name: made[name] for name in names} | {"positions": batch.positions.int()}
         return CudaPlan(_views(kv), decodes, *wrappers, places, made["starts"], state, made["slots"])
 
-    def fixed_plan(self, size: int, kv: Tensor, state: State | None, tables: int) -> CudaPlan:
-        """A plan for decodes of `size` sequences, to be filled, whose tensors stay where they are. They have room for
-        `tables` page numbers."""
+    def fixed_plan(self, rows: int, kv: Tensor, state: State | None, longest: int, sequences: int = 0) -> CudaPlan:
+        """A plan whose tensors stay where they are, to be filled: for decodes of as many sequences as `rows`, or, as if
+        all were prompts, for pieces of prompts and decodes of up to `sequences`. Each has up to `longest` pages."""
         numbers = partial(torch.zeros, dtype=torch.int32, device=self._device)
-        starts = torch.arange(size + 1, dtype=torch.int32, device=self._device)
+        count = sequences + 1 if sequences else rows
+        starts = numbers(count + 1) if sequences else torch.arange(count + 1, dtype=torch.int32, device=self._device)
         places = {
-            "kv_indptr": numbers(size + 1),
-            "kv_last_page_len": numbers(size),
-            "kv_indices": numbers(tables),
-            "batch_indices": starts[:size],
-            "positions": numbers(size),
+            "kv_indptr": numbers(count + 1),
+            "kv_last_page_len": numbers(count),
+            "kv_indices": numbers(count * longest + rows),
+            "batch_indices": numbers(rows) if sequences else starts[:rows],
+            "positions": numbers(rows),
         }
-        fixed = {f"paged_{name}_buffer": places[name] for name in places if name.startswith("kv")}
-        decode = self._decode_wrappers(kv, use_cuda_graph=True, **fixed)
-        plan = CudaPlan(_views(kv), size, decode, {}, places, starts, state, numbers(size))
+        name = "paged_{}_buf" if sequences else "paged_{}_buffer"
+        fixed = {name.format(part): places[part] for part in places if part.startswith("kv")}
+        if sequences:
+            decode, prefill = {}, self._prefill_wrappers(use_cuda_graph=True, qo_indptr_buf=starts, **fixed)
+        else:
+            decode, prefill = self._decode_wrappers(kv, use_cuda_graph=True, **fixed), {}
+        plan = CudaPlan(_views(kv), 0 if sequences else rows, decode, prefill, places, starts, state, numbers(count))
         nothing = numbers(0)
         self.fill(plan, Batch(nothing, nothing, nothing, [], [], []), kv)
         return plan
 
     def fill(self, plan: CudaPlan, batch: Batch, kv: Tensor) -> None:
-        """Set a fixed plan to `batch`, of as many decodes or fewer. Rows that are left over have the last slot."""
-        count = len(batch.contexts)
-        scratch = kv.shape[0] - 1
-        more = plan.decodes - count
-        tables = page_tables([*batch.contexts, *[1] * more], [*batch.pages, *[[scratch]] * more], kv.shape[3])
-        indptr, last, indices = self._host(list(chain(*tables))).split([len(table) for table in tables])
-        plan.places["positions"][:count].copy_(batch.positions)
-        plan.places["positions"][count:].zero_()
+        """Set a fixed plan to `batch`, of as many rows and sequences or fewer. Decodes that are left over have the last
+        slot. Beside prompts the rows that are left over are one more prompt, so that there are always as many: with
+        that and the number of sequences FlashInfer plans launches of the same shape."""
+        count, rows, scratch = len(batch.contexts), len(batch.positions), kv.shape[0] - 1
+        more, left = len(plan.places["kv_last_page_len"]) - count, len(plan.places["positions"]) - rows
+        contexts, lengths = [*batch.contexts, *[1] * more], []
+        if plan.prefill:
+            contexts[-1], lengths = max(left, 1), [*batch.lengths, *[0] * (more - 1), left]
+        tables = page_tables(contexts, [*batch.pages, *[[scratch] * max(left, 1)] * more], kv.shape[3])
+        sequences = [i for i, length in enumerate(lengths) for _ in range(length)]
+        parts = *tables, [0, *accumulate(lengths)], contexts, sequences
+        numbers = self._host(list(chain(*parts))).split([len(part) for part in parts])
+        indptr, last, indices, starts, seq_lens, batch_indices = numbers
+        plan.places["positions"][:rows].copy_(batch.positions)
+        plan.places["positions"][rows:].zero_()
         if plan.state is not None:
             plan.slots.copy_(self._host([*batch.slots, *[len(plan.state.delta) - 1] * more]), non_blocking=True)
         self._begin_planning()
         # It copies them into the tensors that it was made with.
         indices = indices.to(self._device, non_blocking=True)
-        self._plan_decode(plan.decode, kv, indptr=indptr, indices=indices, last_page_len=last)
+        if plan.prefill:
+            plan.places["batch_indices"].copy_(batch_indices, non_blocking=True)
+            new = {"qo_indptr": starts, "seq_lens": seq_lens}
+            paged = {"paged_kv_indptr": indptr, "paged_kv_indices": indices, "paged_kv_last_page_len": last}
+            self._plan_prefill(plan.prefill, kv, **new, **paged)
+        else:
+            self._plan_decode(plan.decode, kv, indptr=indptr, indices=indices, last_page_len=last)
         self._end_planning()
 
     def _decode_wrappers(self, kv: Tensor, **fixed: Any) -> dict[int, Any]:
         tensor_cores = self._heads // kv.shape[4] >= TENSOR_CORE_GROUP
         made = partial(self._fi.BatchDecodeWithPagedKVCacheWrapper, self._workspace, kv_layout="NHD", backend="fa2")
-        return {window: made(use_tensor_cores=tensor_cores, **fixed) for window in self._prefill}
+        return {window: made(use_tensor_cores=tensor_cores, **fixed) for window in self._windows}
+
+    def _prefill_wrappers(self, **fixed: Any) -> dict[int, Any]:
+        made = partial(self._fi.BatchPrefillWithPagedKVCacheWrapper, self._workspace, kv_layout="NHD", backend="fa2")
+        return {window: made(**fixed) for window in self._windows}
 
     def _plan_decode(self, wrappers: dict[int, Any], kv: Tensor, **tables: Tensor) -> None:
         for window, wrapper in wrappers.items():
             wrapper.plan(**tables, **self._shape(kv), head_dim=self._dim, window_left=window - 1)
+
+    def _plan_prefill(self, wrappers: dict[int, Any], kv: Tensor, **tables: Tensor) -> None:
+        more = {"head_dim_qk": self._dim, "causal": True}
+        for window, wrapper in wrappers.items():
+            wrapper.plan(**tables, **self._shape(kv), **more, window_left=window - 1)
 
     def _shape(self, kv: Tensor) -> dict[str, Any]:
         return {

@@ -34,7 +34,7 @@ from miniserve.worker import sizing
 from miniserve.worker.batching import Pace
 from miniserve.worker.engine import Engine
 from miniserve.worker.grammar import Grammars
-from miniserve.worker.graphs import LADDER, DecodeGraphs, GraphOps
+from miniserve.worker.graphs import LADDER, SEQUENCES, GraphOps, StepGraphs
 from miniserve.worker.runner import ModelRunner
 from miniserve.worker.sequence import Sequence
 from miniserve.worker.snapshots import Snapshots
@@ -145,7 +145,8 @@ def build(
     graphs = None
     if graph_ops is not None:
         try:
-            graphs = DecodeGraphs(transformer, graph_ops, memory.pages, state, sizes, longest)
+            appending = 0 if config.cuda_graph_sizes or state else min(SEQUENCES, sizes[-1])
+            graphs = StepGraphs(transformer, graph_ops, memory.pages, state, sizes, appending, longest)
         except Exception as error:  # of torch or CUDA
             if group.ranks > 1:  # the others may wait for this one in a product
                 raise

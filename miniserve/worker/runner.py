@@ -9,7 +9,7 @@ from miniserve.cluster.rank_messages import Forward
 from miniserve.kv.memory import KVMemory
 from miniserve.model.transformer import Transformer
 from miniserve.ops.decoder import Batch, State
-from miniserve.worker.graphs import DecodeGraphs
+from miniserve.worker.graphs import StepGraphs
 from miniserve.worker.sampler import SCORED_LOGITS, Sampler, Samples, put, score
 from miniserve.worker.sequence import Sequence
 from miniserve.worker.step import Launched, Sampled, Work
@@ -18,13 +18,13 @@ from miniserve.worker.step import Launched, Sampled, Work
 @dataclass(eq=False)
 class ModelRunner:
     """The model, the bytes of the KV pool and of the recurrent `state`, and the sampler of one device. `eos` are the
-    ids that end a turn; with `graphs` batches of decodes are replayed. `tell` hears of each batch before it is
+    ids that end a turn; with `graphs` small batches are replayed. `tell` hears of each batch before it is
     computed: other ranks `follow`."""
 
     transformer: Transformer
     memory: KVMemory
     eos: frozenset[int]
-    graphs: DecodeGraphs | None = None
+    graphs: StepGraphs | None = None
     state: State | None = None
     tell: Callable[[Forward], None] = lambda forward: None
 

@@ -24,7 +24,7 @@ from miniserve.ops.native import NoKernels
 from miniserve.ops.torch_ops import TorchOps
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker import build
-from miniserve.worker.graphs import LADDER, DecodeGraphs, Replay
+from miniserve.worker.graphs import APPENDS, LADDER, SEQUENCES, Replay, StepGraphs
 from miniserve.worker.sampler import Sampler
 from miniserve.worker.sequence import Sequence
 from tests.support import reference_fused, tiny
@@ -252,8 +252,9 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[LLM, Rec
 
         monkeypatch.setattr(build, "KVMemory", memory_as_on_a_gpu)
         monkeypatch.setattr(build, "make_ops", cuda_ops)
-        monkeypatch.setattr(build, "DecodeGraphs", lambda *args: DecodeGraphs(*args, record=recorder))
-        made = LLM(folder, kv_cache_memory=2**22, threads=1, enforce_eager=eager, dtype="float32", **engine)
+        monkeypatch.setattr(build, "StepGraphs", lambda *args: StepGraphs(*args, record=recorder))
+        settings = {"kv_cache_memory": 2**22, **engine}
+        made = LLM(folder, threads=1, enforce_eager=eager, dtype="float32", **settings)
         return made, recorder
 
     return make
@@ -288,16 +289,18 @@ def test_graphs_are_recorded_before_anything_is_served(tiny_models, as_on_a_gpu)
     llm, recorder = as_on_a_gpu(tiny_models["llama"], max_num_seqs=9)
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     graphs = llm.engine.runner.graphs
-    assert list(graphs.recorded) == recorder.sizes == [9, 8, 4, 2, 1], "the largest first"
+    assert (*graphs.decodes, *graphs.appends) == (9, 8, 4, 2, 1, *reversed(APPENDS)), "the largest first"
+    assert recorder.sizes == [*graphs.decodes, *[9] * len(APPENDS)], "as many logits as sequences"
     assert llm._built.facts.phases["graphs"] > 0
     llm.generate([[1, 2]] * 3, params, progress=False)
-    assert recorder.replays == 5, "three are padded to four"
+    assert recorder.replays == 6, "prompts of 6 rows are padded to 16, three decodes to four"
     llm.generate([[1, 2]], params, progress=False)
-    assert (recorder.replays, len(recorder.sizes)) == (10, 5)
+    assert (recorder.replays, len(recorder.sizes)) == (12, 10)
 
 
 def test_graph_sizes_may_be_named(tiny_models, as_on_a_gpu) -> None:
-    """More decodes in a step than the last of them says are not replayed; none says more than may run."""
+    """More decodes in a step than the last of them says are not replayed, nor are appends; none says more than may
+    run."""
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     llm, recorder = as_on_a_gpu(tiny_models["llama"], cuda_graph_sizes=[3, 1])
     assert recorder.sizes == [3, 1]
@@ -309,6 +312,111 @@ def test_graph_sizes_may_be_named(tiny_models, as_on_a_gpu) -> None:
     assert recorder.sizes == [7, 4, 2]
     with pytest.raises(ConfigError, match="cuda_graph_sizes"):
         as_on_a_gpu(tiny_models["llama"], cuda_graph_sizes=[513])
+
+
+def watched(llm: LLM) -> list[tuple[Batch, bool]]:
+    """Each batch that will be computed without scores, and whether it is replayed."""
+    graphs, seen = llm.engine.runner.graphs, list[tuple[Batch, bool]]()
+    inner = graphs.logits
+
+    def logits(batch: Batch) -> torch.Tensor | None:
+        found = inner(batch)
+        seen.append((batch, found is not None))
+        return found
+
+    graphs.logits = logits
+    return seen
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "mistral", "mixtral", "gemma3"])
+def test_appends_are_replayed(models, as_on_a_gpu, arch: str, overlap: bool) -> None:
+    """Turns go on with what is cached, several at a time, of one token to 200, while others decode: steps of all sizes,
+    and the text of eager ones."""
+    pick = random.Random(arch)
+    histories = prompts(6, longest=100, seed=5)
+    turns = [[pick.randrange(256) for _ in range(count)] for count in (1, 200, 20, 3, 67, 31)]
+    texts, seen = [], []
+    for eager in (True, False):
+        llm, _ = as_on_a_gpu(models[arch], eager=eager, async_scheduling=overlap, max_num_batched_tokens=270)
+        seen = [] if eager else watched(llm)
+        first = greedy(llm, histories, 8)
+        longer = [history + said + turn for history, said, turn in zip(histories, first, turns, strict=True)]
+        params = [SamplingParams(temperature=0, max_tokens=5 * i + 1, ignore_eos=True) for i in range(6)]
+        texts.append([first, [g.outputs[0].token_ids for g in llm.generate(longer, params, progress=False)]])
+        # One after the other: a turn comes while others are in the midst of theirs.
+        for i, turn in enumerate(longer):
+            llm.engine.add(Sequence(str(i), [*turn, i], params[5], 0, b""))
+            llm.engine.admit()
+            for _ in range(3):
+                texts[-1].append([(o.turn, o.tokens) for o in llm.engine.step().outputs])
+        while llm.engine.has_work:
+            texts[-1].append([(o.turn, o.tokens) for o in llm.engine.step().outputs])
+        assert clean(llm)
+    assert texts[0] == texts[1]
+    assert all(replayed == (len(batch.tokens) <= APPENDS[-1]) for batch, replayed in seen)
+    appends = [batch for batch, _ in seen if len(batch.tokens) > len(batch.lengths)]
+    assert any(batch.contexts[-1] > batch.lengths[-1] > 1 for batch in appends), "something was cached"
+    assert any(batch.lengths[0] == 1 < batch.lengths[-1] for batch in appends), "beside decodes"
+    assert any(not len(batch.outputs) or len(batch.outputs) < len(batch.lengths) for batch in appends), "pieces"
+    assert len({next(rows for rows in APPENDS if rows >= len(b.tokens)) for b in appends if len(b.tokens) <= 256}) > 2
+
+
+def test_preempted_sequences_append(tiny_models, as_on_a_gpu) -> None:
+    """They compute again what they lost, in steps of any size."""
+    items, texts = prompts(12, longest=60, seed=9), []
+    for eager in (True, False):
+        llm, recorder = as_on_a_gpu(tiny_models["llama"], eager=eager, kv_cache_memory=3 * 2**16, max_model_len=192)
+        texts.append(greedy(llm, items, 40))
+        assert llm.engine.counters.preemptions > 0
+        assert (recorder.replays > 0) == (not eager)
+        assert clean(llm)
+    assert texts[0] == texts[1]
+
+
+def test_what_no_graph_is_for(tiny_models, as_on_a_gpu) -> None:
+    """Too many rows or sequences, or scores of a prompt, which are not in a graph: such a step is computed eagerly, and
+    the text is the same."""
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    items = [[i, 7, 9] for i in range(SEQUENCES + 1)]
+    llm, recorder = as_on_a_gpu(tiny_models["llama"])
+    seen = watched(llm)
+    texts = [greedy(llm, items[:-1], 3), greedy(llm, items, 3)]
+    assert texts[0] == texts[1][:-1]
+    assert [(len(batch.lengths), replayed) for batch, replayed in seen] == [(16, True)] * 3 + [
+        (17, False),
+        *[(17, True)] * 2,
+    ]
+    before = recorder.replays
+    scored = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+    llm.generate([[5, 6, 7]], scored, progress=False)
+    llm.generate([list(range(200)) + list(range(57))], params, progress=False)
+    assert recorder.replays == before + 2, "decodes alone"
+
+
+def test_rows_are_left_over_in_the_scratch_page(tiny_models, as_on_a_gpu) -> None:
+    """Steps of as many rows as a graph has, and of fewer: none of those that are left over is in a sequence's pages."""
+    llm, _ = as_on_a_gpu(tiny_models["llama"], enable_prefix_caching=False)
+    graphs, pages = llm.engine.runner.graphs, llm._built.memory.pages
+    transformer = llm.engine.runner.transformer
+    for rows in (1, 16, 17, 33, 256):
+        for lengths in ([rows], [1, rows - 2, 1], [1] * min(rows - 1, 15) + [rows - min(rows - 1, 15)]):
+            if min(lengths) < 1:
+                continue
+            contexts = [length + 11 * i for i, length in enumerate(lengths)]
+            size = pages.shape[3]
+            order = iter(random.Random(rows).sample(range(llm.engine.pool.num_pages), llm.engine.pool.num_pages))
+            tables = [[next(order) for _ in range(-(-context // size))] for context in contexts]
+            positions = [p for n, context in zip(lengths, contexts, strict=True) for p in range(context - n, context)]
+            numbers = torch.randint(256, (rows,)), torch.tensor(positions), torch.arange(rows)[-3::2]
+            batch = Batch(*numbers, lengths, contexts, tables)
+            pages[:-1].normal_()
+            first = transformer.forward(batch, pages)
+            wanted = pages[:-1].clone()
+            found = graphs.logits(batch)
+            torch.testing.assert_close(found, first, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(pages[:-1], wanted, rtol=1e-4, atol=1e-4)
+            assert not bool(pages[-1, :, :, 1:].any())
 
 
 def test_what_cannot_be_recorded_is_computed_without(tiny_models, as_on_a_gpu, monkeypatch) -> None:

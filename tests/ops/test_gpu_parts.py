@@ -18,7 +18,7 @@ from miniserve.model.config import ModelConfig
 from miniserve.ops.cuda_ops import CudaOps
 from miniserve.ops.decoder import Sizes
 from miniserve.worker import build
-from miniserve.worker.graphs import DecodeGraphs, Replay
+from miniserve.worker.graphs import Replay, StepGraphs
 from scripts.gpu import capture, checks, early, machine, parity, speed, trace, variants
 from scripts.gpu.ceilings import Ceilings
 from scripts.gpu.checks import STAGES
@@ -174,7 +174,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, record: Callable[[Callable[[], 
 
     monkeypatch.setattr(build, "KVMemory", memory_as_on_a_gpu)
     monkeypatch.setattr(build, "make_ops", cuda_ops)
-    monkeypatch.setattr(build, "DecodeGraphs", lambda *args: DecodeGraphs(*args, record=record))
+    monkeypatch.setattr(build, "StepGraphs", lambda *args: StepGraphs(*args, record=record))
 
 
 def compute_again(compute: Callable[[], object]) -> Replay:
@@ -198,11 +198,12 @@ def test_graphs_are_held_against_eager_steps(
 ) -> None:
     as_on_a_gpu(monkeypatch, record)
     built = speed.engine_for(toy, speed.LLAMA, capture.LAYERS)
-    figures = list(capture.against_eager(toy, built, (1, 8, 7, 1)))
-    sizes = sorted(built.runner.graphs.recorded)
-    assert [f.name for f in figures if f.unit == "s"] == [f"recording {len(sizes)} graphs"]
+    figures = list(capture.against_eager(toy, built, ([1], [1] * 8, [1] * 7, [9], [1, 1, 15], [1])))
+    graphs = built.runner.graphs
+    sizes = len(graphs.decodes) + len(graphs.appends)
+    assert [f.name for f in figures if f.unit == "s"] == [f"recording {sizes} graphs"]
     judged = [figure for figure in figures if figure.rule]
-    assert len(judged) == 8
+    assert len(judged) == 12
     assert all(figure.ok for figure in judged) == right
 
 

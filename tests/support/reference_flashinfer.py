@@ -48,6 +48,7 @@ class Wrapper:
         self.fixed = kwargs if kwargs.get("use_cuda_graph") else None
         self.decode = decode
         self.planned: dict[str, Any] = {}
+        self.rows: int | None = None
 
     def plan(self, **kwargs: Any) -> None:
         plan = self.kind._plan_impl if self.decode else self.kind.plan  # decode's own takes any keyword
@@ -63,14 +64,23 @@ class Wrapper:
         assert len(last) == len(indptr) - 1
         assert bool((last >= 1).all())
         assert bool((last <= kwargs["page_size"]).all())
-        if self.fixed is not None:
-            self.fixed["paged_kv_indptr_buffer"].copy_(indptr)
-            self.fixed["paged_kv_last_page_len_buffer"].copy_(last)
-            self.fixed["paged_kv_indices_buffer"][: len(indices)].copy_(indices)
-            indptr, last = self.fixed["paged_kv_indptr_buffer"], self.fixed["paged_kv_last_page_len_buffer"]
-            indices = self.fixed["paged_kv_indices_buffer"]
         starts = torch.arange(len(last) + 1) if self.decode else kwargs["qo_indptr"]
-        assert self.decode or kwargs["causal"]
+        if self.fixed is not None:
+            names = ("paged_kv_indptr", "paged_kv_last_page_len", "paged_kv_indices", "qo_indptr")
+            suffix = "buffer" if self.decode else "buf"
+            fixed = [self.fixed[f"{name}_{suffix}"] for name in names[: 3 if self.decode else 4]]
+            fixed[2] = fixed[2][: len(indices)]
+            for buffer, given in zip(fixed, (indptr, last, indices, starts), strict=False):
+                assert len(buffer) == len(given), "there are always as many sequences"
+                buffer.copy_(given)
+            (indptr, last, indices), starts = fixed[:3], starts if self.decode else fixed[3]
+            assert self.rows in (None, int(starts[-1])), "what is launched was planned for other rows"
+            self.rows = int(starts[-1])
+        if not self.decode:
+            assert kwargs["causal"]
+            contexts = (indptr[1:] - indptr[:-1] - 1) * kwargs["page_size"] + last
+            assert torch.equal(kwargs["seq_lens"], contexts)
+            assert bool((starts[1:] - starts[:-1] <= contexts).all()), "a row would see nothing"
         self.planned = kwargs | {"tables": (indptr, indices, last, starts)}
 
     def run(self, **kwargs: Any) -> torch.Tensor:

@@ -32,7 +32,7 @@ def main() -> None:
         graphs = built.runner.graphs
         assert graphs is not None
         nodes = Counter(line.what.split("<")[0].split(" ")[0] for line in log.of("C"))
-        found[preset] = {"sizes": sorted(graphs.recorded), "nodes": nodes}
+        found[preset] = {"sizes": sorted(graphs.decodes), "nodes": nodes}
         del built, graphs
     print(json.dumps(found))
 

@@ -20,9 +20,9 @@ from miniserve.hub.check import check_folder
 from miniserve.model.config import ModelConfig
 from miniserve.ops import cuda_plan
 from miniserve.ops.cuda_ops import CudaOps
-from miniserve.ops.cuda_plan import CudaPlanner
+from miniserve.ops.cuda_plan import CudaPlan, CudaPlanner
 from miniserve.ops.decoder import Batch, Sizes
-from miniserve.worker.graphs import LADDER
+from miniserve.worker.graphs import APPENDS, LADDER, SEQUENCES
 from tests.gpu_stand_in.programs.common import folder
 
 DEVICE = torch.device("cuda", 0)
@@ -64,6 +64,11 @@ def batch(lengths: list[int], contexts: list[int]) -> Batch:
     return Batch(rows, rows, rows[:0], lengths, contexts, pages)
 
 
+def shapes(plan: CudaPlan) -> list[list[int]]:
+    """Blocks, tiles and places of partial sums, which a graph keeps as they were when it was recorded."""
+    return [list(wrapper._plan_info) for wrapper in plan.prefill.values()]
+
+
 def refused(planner: CudaPlanner, kv: torch.Tensor) -> Iterator[str]:
     """What FlashInfer's `plan` says where it cannot: for a graph of each size, which are filled with short and with
     long contexts, and for eager steps."""
@@ -77,11 +82,22 @@ def refused(planner: CudaPlanner, kv: torch.Tensor) -> Iterator[str]:
 
     for size in LADDER:
         made: list[Any] = []
-        make = partial(planner.fixed_plan, size, kv, None, size * PAGES)
+        make = partial(planner.fixed_plan, size, kv, None, PAGES)
         yield from tried(f"graph of {size}", lambda make=make, made=made: made.append(make()))
         for context in (1, 1000, LONG) if made else ():
             decodes = batch([1] * size, [context] * size)
             yield from tried(f"graph of {size} over {context}", partial(planner.fill, made[0], decodes, kv))
+    for rows in APPENDS:
+        plan: list[Any] = []
+        make = partial(planner.fixed_plan, rows, kv, None, PAGES, SEQUENCES)
+        yield from tried(f"appends of {rows}", lambda make=make, plan=plan: plan.append(make()))
+        shape = shapes(plan[0]) if plan else None
+        for lengths in ([1], [rows], [rows - 3], [2] * 8, [1] * 15 + [rows - 15], [rows // 16] * 16) if plan else ():
+            for context in (rows, 1000, LONG):
+                few = batch(lengths, [context] * len(lengths))
+                yield from tried(f"appends of {rows}: {lengths}", partial(planner.fill, plan[0], few, kv))
+                if shapes(plan[0]) != shape:
+                    yield f"appends of {rows}: {lengths}: other launches than were recorded"
     for name, (lengths, contexts) in EAGER.items():
         yield from tried(name, partial(planner.plan, batch(lengths, contexts), kv))
 
