@@ -142,7 +142,8 @@ class Sampler:
             if drawn:
                 points = [uniform(sequences[row].seed, numbers[row]) for row in drawn]
                 picked = self._draw(_rows(logits, drawn), [sequences[row].params for row in drawn], points)
-                tokens = tokens.index_copy(0, put(drawn, logits.device), picked)
+                whole = len(drawn) == len(sequences)
+                tokens = picked if whole else tokens.index_copy(0, put(drawn, logits.device), picked)
         self._rows, self._tokens = {sequence: row for row, sequence in enumerate(sequences)}, tokens
         if raw is None:
             return Samples(tokens)
