@@ -55,8 +55,8 @@ Send = Callable[[str, str, float, Message], None]
 
 @dataclass(eq=False)
 class SimulatedWorker:
-    """One worker of the cluster, with its inbox. The simulation calls `round` when it is due. `speak` returns the
-    tokens that a turn's output goes on with after so many, and how many of them."""
+    """One worker of the cluster, with its inbox. The simulation calls `round` when it is due. `speak` is given a run,
+    how many tokens of output it has said, and how many it returns that come next."""
 
     name: str
     role: Role
