@@ -252,7 +252,8 @@ class Loading(Wire, frozen=True):
 
 
 class Facts(Wire, frozen=True):
-    """What a person wants to know of an engine. `phases` are seconds of its start, `kv_note` how the pool is sized."""
+    """What a person wants to know of an engine. `kernels` names those that it runs, and why it lacks others, `phases`
+    are seconds per start-up phase, `kv_note` the arithmetic of the pool's size."""
 
     dtype: str
     device: str
@@ -274,7 +275,8 @@ class Ready(Facts, frozen=True, kw_only=True):
 
 
 class StartFailed(Wire, frozen=True):
-    """A worker could not start: why, and what to do about it, for a person; a `trace` of an error of the code."""
+    """A worker could not start: the reason, and what to do about it, for a person. `trace` says where in the code, if
+    it is an error that the code does not expect."""
 
     reason: str
     trace: str = ""
@@ -346,7 +348,8 @@ class WorkerStats(Counters):
 
 
 class Report(Wire, frozen=True):
-    """After a step, or once a second when idle: the worker's state, and what came of turns since the last one."""
+    """After a step, or once a second when idle: tokens, finished handoffs, the worker's state, the steps since the last
+    report, and the turns that were stopped since."""
 
     outputs: list[TurnOutput]
     moves: list[Move]

@@ -95,7 +95,7 @@ class KVMemory:
     @cached_property
     def _handle(self) -> CudaHandle | None:
         """How a peer maps this pool by CUDA IPC; None on a CPU. It is made once, since torch counts each export. The
-        whole block of the driver's is exported: it is the pool."""
+        whole block that the driver gave is exported: the pool is one allocation that is never made again."""
         if self.pages.device.type != "cuda":
             return None
         torch.cuda.synchronize(self.pages.device)  # a peer that maps it finds the zeros

@@ -84,7 +84,8 @@ class PagePool:
         return self.num_pages - self.num_available
 
     def allocate(self, count: int, now: float) -> list[int]:
-        """`count` pages with a reference each, evicted if need be. Raises `OutOfPages`, and then changes nothing."""
+        """`count` pages with one reference each and undefined content, unused prefixes evicted if needed. Raises
+        `OutOfPages`, and then changes nothing."""
         if count > self.num_available:
             raise OutOfPages(f"{count} pages asked for, {self.num_available} available of {self.num_pages}")
         pages = []
@@ -108,7 +109,8 @@ class PagePool:
         return pages
 
     def register(self, page: int, digest: bytes, parent: bytes | None = None) -> None:
-        """Make a held, full page findable by its hash, unless another one is; `parent`: the hash of the page before."""
+        """Make a held, full page findable under its chain hash, unless another page has that name already; `parent` is
+        the hash of the page before it."""
         assert self._refs[page] > 0, "only a held page has content worth naming"
         if self.caching and digest not in self._page_of and self._hash_of[page] is None:
             self._page_of[digest] = page

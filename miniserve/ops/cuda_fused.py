@@ -22,7 +22,7 @@ TILE, STEP = tl.constexpr(ROWS), tl.constexpr(8192)
 """Rows, and numbers of a weight, that a program takes at a time: 16 KiB, of which `STAGES` are on the way."""
 STAGES = 4
 WIDE = 8192
-"""Columns from which on a program makes 64 and not 32: below, there would be too few programs for a GPU."""
+"""So many rows of a weight are enough for a GPU full of programs of 64; of fewer each takes 32."""
 VIEWS = ["positions", "sequences", "starts", "indices"]
 """Views into the numbers of a plan begin anywhere: kernels would be compiled anew for each alignment."""
 Shape = namedtuple("Shape", "heads kv_heads dim rotary page_tokens page values")
@@ -36,7 +36,7 @@ def multiply(
     """`x` `[rows, in]`, normed with the weights `norm` if there are any, times `weight` `[out, in]`, plus bias: a new
     tensor, or added to `residual` `[rows, out]`. With a `gate`, `silu` or `gelu_tanh`, the first half of the columns
     makes gates of the others: `[rows, out / 2]`."""
-    width, columns = 64 if len(weight) >= WIDE else 32, len(weight) // (1 + bool(gate))
+    width, columns = _width(weight), len(weight) // (1 + bool(gate))
     out = x.new_empty(len(x), columns) if residual is None else residual
     tensors, sizes = (x, weight, bias, norm, eps, residual, out), (len(x), columns, weight.stride(0), x.shape[1], width)
     _product[(triton.cdiv(len(weight), width),)](*tensors, *sizes, gate, num_stages=STAGES)
@@ -47,8 +47,8 @@ def queries(x: Tensor, weight: Tensor, bias: Maybe, norm: Maybe, eps: float, par
     """A product as `multiply` makes it, `[rows, heads of q, k, v (and gates) * dim]`, with queries and keys rotated;
     keys and values are stored `where` `heads` says, and are not in the result."""
     out, (views, shape) = x.new_empty(len(x), len(weight)), _places(part, *where)
-    sizes = len(x), weight.stride(0), x.shape[1], 64 if len(weight) >= WIDE else 32
-    _queries[(len(weight) // sizes[3],)](x, weight, bias, norm, eps, out, *views, *sizes, shape, num_stages=STAGES)
+    width, sizes = _width(weight), (len(x), weight.stride(0), x.shape[1])
+    _queries[(len(weight) // width,)](x, weight, bias, norm, eps, out, *views, *sizes, width, shape, num_stages=STAGES)
     return out
 
 
@@ -59,6 +59,11 @@ def heads(qkv: Tensor, eps: float, part: Attention, *where: Any) -> None:
     views, shape = _places(part, *where)
     grid = triton.cdiv(len(qkv), ROWS), shape.heads + 2 * shape.kv_heads
     _heads[grid](qkv, part.q_norm, part.k_norm, eps, *views, len(qkv), qkv.stride(0), shape)
+
+
+def _width(weight: Tensor) -> int:
+    """How many rows of a weight a program takes."""
+    return 64 if len(weight) >= WIDE else 32
 
 
 def _places(part: Attention, plan: CudaPlan, table: Tensor) -> tuple[tuple[Tensor, ...], Shape]:

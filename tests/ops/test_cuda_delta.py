@@ -13,6 +13,7 @@ import torch
 from miniserve.ops.decoder import DeltaNet, State
 from miniserve.ops.torch_ops import TorchOps
 from tests.support import reference_flashinfer
+from tests.support.triton import interpreted
 
 PLAIN: Any = TorchOps(torch.device("cpu")).head(torch.zeros(1, 1))
 """Matrices that are not multiplied with here."""
@@ -20,13 +21,7 @@ PLAIN: Any = TorchOps(torch.device("cpu")).head(torch.zeros(1, 1))
 
 @pytest.fixture(scope="module")
 def kernels() -> Iterator[ModuleType]:
-    if torch.cuda.is_available():
-        pytest.skip("scripts/gpu_check.py runs the kernels themselves")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")  # read where kernels are defined, those of Triton too
-        pytest.importorskip(
-            "triton", "3.7", "triton is not installed (it comes with torch for CUDA), or not new enough"
-        )
+    with interpreted("3.7"):
         from miniserve.ops import cuda_delta
 
         yield cuda_delta

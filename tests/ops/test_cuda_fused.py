@@ -22,6 +22,7 @@ from miniserve.ops.decoder import Attention, Sizes
 from scripts.gpu import layers
 from scripts.gpu.setting import Setting
 from tests.support.reference_flashinfer import reference
+from tests.support.triton import interpreted
 
 ROOT = Path(__file__).parents[2]
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -32,11 +33,7 @@ EPS = 1e-5
 
 @pytest.fixture(scope="module")
 def kernels() -> Iterator[ModuleType]:
-    if torch.cuda.is_available():
-        pytest.skip("scripts/gpu_check.py runs the kernels themselves")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")  # read where kernels are defined, those of Triton too
-        pytest.importorskip("triton", reason="triton is not installed (it comes with torch for CUDA)")
+    with interpreted() as patch:
         import triton.language as tl
         from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
