@@ -16,12 +16,9 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,10 +30,9 @@ import msgspec
 from miniserve.bench.replay.answer import Answer, TurnError, ask
 from miniserve.bench.replay.generators import WorkloadConfig
 from miniserve.bench.replay.metrics import percentile
-from miniserve.bench.replay.server import TargetServer, describe
+from miniserve.bench.replay.server import TargetServer
 from miniserve.bench.replay.workload import Script, Text
-from miniserve.client import ApiClient
-from scripts.harness import flags, show, write
+from scripts.harness import flags, running, show, write
 
 PORT = 8377
 URL = f"http://127.0.0.1:{PORT}"
@@ -79,30 +75,6 @@ def command(variant: str, args: Any, folder: Path) -> list[str]:
     }
     sizes = ["--kv-cache-memory", str(args.pool * PAGE), "--max-model-len", str(args.pool // SLOTS)]
     return [sys.executable, "-m", "miniserve", "serve", args.model, "--port", str(PORT), *sizes, *tiers[variant]]
-
-
-@asynccontextmanager
-async def running(argv: list[str], http: aiohttp.ClientSession) -> AsyncIterator[TargetServer]:
-    """A server that is up, ended by SIGINT."""
-    with tempfile.TemporaryFile() as log:
-        server = await asyncio.create_subprocess_exec(*argv, stdout=log, stderr=log)
-        try:
-            while True:
-                await asyncio.sleep(0.2)
-                if server.returncode is not None:
-                    log.seek(0)
-                    raise RuntimeError(log.read().decode()[-2000:])
-                try:
-                    async with http.get(f"{URL}/health") as answer:
-                        if answer.status == 200:
-                            break
-                except aiohttp.ClientError:
-                    continue
-            yield await asyncio.to_thread(describe, ApiClient.around(URL, None), None)
-        finally:
-            if server.returncode is None:
-                server.send_signal(signal.SIGINT)
-            await server.wait()
 
 
 async def slot(http: aiohttp.ClientSession, number: int, action: str, key: str) -> None:
@@ -172,7 +144,7 @@ async def measure(variant: str, seed: int, args: Any) -> dict[str, Any]:
                 for number in range(SLOTS):
                     slots.free.put_nowait(number)
                 before = [len(agent.turns) for agent in agents]
-                async with running(command(variant, args, folder), http) as server:
+                async with running(command(variant, args, folder), URL, http) as server:
                     starts = [0.0 if phase else start for start in load.starts]
                     began = time.monotonic()
                     await asyncio.gather(

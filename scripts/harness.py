@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
+import signal
 import statistics
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from miniserve.config import EngineConfig, ServeConfig, Topology
+import aiohttp
+
+from miniserve.bench.replay.server import TargetServer, describe
+from miniserve.client import ApiClient
+from miniserve.config import ConfigError, EngineConfig, ServeConfig, Topology
 from miniserve.dispatcher import Dispatcher
 from miniserve.hub.resolve import resolve
 
@@ -67,3 +74,27 @@ async def cluster(engine: EngineConfig, topology: str, policy: str) -> AsyncIter
         yield client
     finally:
         await client.stop()
+
+
+@asynccontextmanager
+async def running(argv: list[str], url: str, http: aiohttp.ClientSession) -> AsyncIterator[TargetServer]:
+    """The server at `url` that `argv` starts, once it is up; ended by SIGINT. Raises `ConfigError` if it does not start."""
+    with tempfile.TemporaryFile() as log:
+        server = await asyncio.create_subprocess_exec(*argv, stdout=log, stderr=log)
+        try:
+            while True:
+                await asyncio.sleep(0.2)
+                if server.returncode is not None:
+                    log.seek(0)
+                    raise ConfigError(log.read().decode()[-2000:])
+                try:
+                    async with http.get(f"{url}/health") as answer:
+                        if answer.status == 200:
+                            break
+                except aiohttp.ClientError:
+                    continue
+            yield await asyncio.to_thread(describe, ApiClient.around(url, None), None)
+        finally:
+            if server.returncode is None:
+                server.send_signal(signal.SIGINT)
+            await server.wait()

@@ -3,12 +3,16 @@
     .venv/bin/python scripts/profile_hardware.py smollm2-135m --workers 2 --out here.json
 
 Each copy of `measure` builds an engine as a worker does and times its runner on steps of known shapes. As many run at
-once as there will be workers, each with its share of the cores: they slow each other down, as workers do.
+once as there will be workers, each with its share of the cores: they slow each other down, as workers do. Last a server
+of one worker is asked, for what HTTP, the frontend and messages add to a turn.
 """
 
+import asyncio
+import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from argparse import RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +25,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from miniserve.bench.replay.answer import Answer, ask, session
 from miniserve.bench.simulate.hardware import Hardware
 from miniserve.cli.flags import Parser, add_flags, filled
 from miniserve.cluster.messages import Envelope, Message, Report, Run, StepTime
@@ -30,14 +35,18 @@ from miniserve.hub.resolve import resolve
 from miniserve.sampling_params import SamplingParams
 from miniserve.scheduler.observations import non_negative_fit
 from miniserve.worker.engine import Engine
+from scripts.harness import running
 
 REPEATS = 7
 """Measurements of each shape, of which the median counts."""
-CHUNKS = (16, 64, 128, 256, 512, 1024, 2048, 4096)
+CHUNKS = (10, 20, 40, 80, 160, 320, 640, 1280, 2560)
+"""Tokens of prompts: no powers of two, since what kernels fill up belongs to the cost."""
 CONTEXTS = (0, 256, 1024, 2048, 4096, 8192)
 BATCHES = (1, 2, 4, 8, 16, 32)
-COSTS = "base", "per_token", "per_pair", "per_context", "per_sequence", "per_kv_token"
+COSTS = "base", "chunk_overhead", "per_token", "per_pair", "per_context", "per_sequence", "per_kv_token"
 """What of `Hardware` is fitted to the steps."""
+PROMPT = 1024
+"""Tokens of the turns that a server is asked for."""
 LARGEST = 6144
 """Tokens that one step may look back on in all: a CPU should be done with this in a minute."""
 MODULE = "scripts.profile_hardware"
@@ -63,6 +72,7 @@ def profile(config: EngineConfig, out: Path) -> None:
         raise ConfigError("The measurement failed; what it said is above.")
     found = [msgspec.json.decode(copy.stdout, type=Measured) for copy in copies]
     hardware = fit(found, f"{found[0].device.name}-{Path(config.model).name}")
+    hardware = msgspec.structs.replace(hardware, message_seconds=asyncio.run(message_seconds(config)))
     out.write_bytes(msgspec.json.format(msgspec.json.encode(hardware), indent=1) + b"\n")
     print(quality(hardware, found), file=sys.stderr)
 
@@ -71,7 +81,7 @@ def fit(found: list[Measured], name: str) -> Hardware:
     """The constants that come nearest to the measured steps: least squares of the relative error, none below zero."""
     steps = [step for copy in found for step in copy.steps]
     # What the constants are multiplied by in `Hardware`'s formula.
-    rows = np.array([(1.0, n, n * (c + n / 2), c if n else 0, b, s) for n, c, b, s, _ in steps])
+    rows = np.array([(1.0, n > 0, n, n * (c + n / 2), c if n else 0, b, s) for n, c, b, s, _ in steps])
     seconds = np.array([step[4] for step in steps])
     weights = non_negative_fit(rows / seconds[:, None], np.ones(len(steps)), 1e-6)
     return msgspec.structs.replace(
@@ -92,6 +102,25 @@ def quality(hardware: Hardware, found: list[Measured]) -> str:
     ]
     median, p95 = np.quantile(errors, (0.5, 0.95))
     return f"{len(errors)} steps; the profile is off by {median:.0%} (median), {p95:.0%} (p95)"
+
+
+async def message_seconds(config: EngineConfig) -> float:
+    """Half of what the client of a server waits for the first token of a lone turn, beyond the worker's own time."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        given = ["--device", config.device, "--dtype", config.dtype]
+        given += ["--threads", str(config.threads)] if config.threads else []
+        where = ["--topology", "1D", "--port", url.rpartition(":")[2], "--decision-log", str(log)]
+        argv = [sys.executable, "-m", "miniserve", "serve", config.model, *given, *where]
+        async with session(None) as http, running(argv, url, http) as server:
+            prompt = [7] * min(PROMPT, (server.max_model_len or PROMPT) // 2)
+            post = partial(http.post, server.generate_url, data=server.body(prompt, 2))
+            times = [await ask(post, server, Answer(len(prompt)), 60.0) for _ in range(REPEATS + 1)]
+        lines = [msgspec.json.decode(line) for line in log.read_bytes().splitlines()]
+    own = [line["prefill"] for line in lines if line["kind"] == "outcome"]
+    return max(statistics.median(t.ttft - known for t, known in zip(times[1:], own[1:], strict=True)), 0.0) / 2
 
 
 # --- one copy -------------------------------------------------------------------------------------------------------
@@ -116,27 +145,27 @@ def measure() -> int:
 
     greedy = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
 
-    def timed(chunk: int, context: int, decodes: int, each: int) -> float:
+    def once(chunk: int, context: int, decodes: int, each: int) -> float:
         work: list[Work] = []
-        page, taken = 0, []
+        page = 0
         for count, before in [(1, each - 1)] * decodes + ([(chunk, context)] if chunk else []):
             sequence = Sequence(f"{len(work)}", [7] * (before + count), greedy, 0, b"")
             sequence.computed = before
             sequence.pages = list(range(page, page + -(-(before + count) // size)))
             page += len(sequence.pages)
             work.append(Work.next(sequence, count))
-        for _ in range(REPEATS):
-            started = time.perf_counter()
-            runner.launch(work)()
-            taken.append(time.perf_counter() - started)
-        return statistics.median(taken)
+        started = time.perf_counter()
+        runner.launch(work)()
+        return time.perf_counter() - started
 
     chunks = [n for n in CHUNKS if n < budget] + [budget]
     shapes = [(n, c, 0, 0) for n in chunks for c in CONTEXTS if n + c <= limit]
     shapes += [(0, 0, b, s) for b in BATCHES for s in (64, 512, 2048, 4096) if b * s <= limit]
     shapes += [(n, c, b, 512) for n, c, b in ((64, 256, 4), (256, 0, 4), (256, 1024, 2)) if n + c + b * 512 <= limit]
-    timed(*shapes[0])
-    steps = [(n, c, b, b * s, timed(n, c, b, s)) for n, c, b, s in shapes]
+    once(*shapes[0])
+    rounds = [[once(*shape) for shape in shapes] for _ in range(REPEATS)]  # a slow moment is none of one shape's alone
+    times = [statistics.median(each) for each in zip(*rounds, strict=True)]
+    steps = [(n, c, b, b * s, seconds) for (n, c, b, s), seconds in zip(shapes, times, strict=True)]
     today = time.strftime("%Y-%m-%d")
     device = Hardware(
         name=built.facts.device,

@@ -17,14 +17,14 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_fit_finds_the_constants_again():
-    true = msgspec.structs.replace(PLAIN, per_pair=1e-6, per_sequence=0.002, per_kv_token=1e-5)
+    true = msgspec.structs.replace(PLAIN, chunk_overhead=0.003, per_pair=1e-6, per_sequence=0.002, per_kv_token=1e-5)
     shapes = [(n, c, 0, 0) for n in (16, 64, 256) for c in (0, 500, 2000)]
     shapes += [(0, 0, b, s) for b in (1, 4, 16) for s in (100, 4000)] + [(64, 500, 4, 1000)]
     steps = [(n, c, b, s, true.step_seconds([(n, c)] if n else [], b, s)) for n, c, b, s in shapes]
     device = msgspec.structs.replace(PLAIN, overhead=0.002, **dict.fromkeys(COSTS, 0.0))
     found = [Measured(device, steps)] * 2
     fitted = fit(found, "mine")
-    for name in ("base", "per_token", "per_pair", "per_sequence", "per_kv_token"):
+    for name in ("base", "chunk_overhead", "per_token", "per_pair", "per_sequence", "per_kv_token"):
         assert getattr(fitted, name) == pytest.approx(getattr(true, name), rel=1e-6), name
     assert fitted.per_context == pytest.approx(0, abs=1e-9)
     assert fitted.overhead == 0.002
@@ -33,6 +33,7 @@ def test_a_fit_finds_the_constants_again():
     assert fit([Measured(device, down)], "x").per_token == 0.0
 
 
+@pytest.mark.long
 def test_a_profile_of_this_machine(tiny_folder: Path, tmp_path: Path, capfd):
     """Two copies at once, of a tiny model; the simulator takes what it writes."""
     path = tmp_path / "here.json"
@@ -41,6 +42,7 @@ def test_a_profile_of_this_machine(tiny_folder: Path, tmp_path: Path, capfd):
     here = load_hardware(str(path))
     assert here.base > 0
     assert here.overhead > 0
+    assert 0 < here.message_seconds < 1
     assert 1e-6 < here.step_seconds([(64, 0)], 0, 0) < 1.0
     result = simulate(simulated(scripts(3, first=100), "1P1D", "observe", hardware=here))
     assert result["errors"] == 0
