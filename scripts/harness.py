@@ -78,7 +78,7 @@ async def cluster(engine: EngineConfig, topology: str, policy: str) -> AsyncIter
 
 @asynccontextmanager
 async def running(argv: list[str], url: str, http: aiohttp.ClientSession) -> AsyncIterator[TargetServer]:
-    """The server at `url` that `argv` starts, once it is up; ended by SIGINT. Raises `ConfigError` if it does not start."""
+    """The server at `url` that `argv` starts, once it is up; ended by SIGINT. Raises `ConfigError` if it fails."""
     with tempfile.TemporaryFile() as log:
         server = await asyncio.create_subprocess_exec(*argv, stdout=log, stderr=log)
         try:
