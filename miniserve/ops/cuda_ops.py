@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miniserve.ops.cuda_plan import CudaPlan, CudaPlanner
+from miniserve.ops.cuda_plan import FRESH, CudaPlan, CudaPlanner
 from miniserve.ops.decoder import Attention, Batch, DeltaNet, Experts, Head, Linear, Mlp, Sizes
 from miniserve.ops.native import NoKernels
 from miniserve.ops.quantized import Weight, dense
@@ -87,34 +87,42 @@ class CudaOps(CudaPlanner, Steps):
         self.records_mixtures = device.type != "cuda" or (hopper and dtype is torch.bfloat16)
 
     def try_out(self) -> str:
-        """Compute a little: the name of all kernels, and why, if so, Triton has none and a layer takes more of them.
-        Raises `NoKernels` with FlashInfer's reason: it has compiled one for these heads neither before nor now."""
+        """Compute a little: the name of all kernels, and which are left out and why, so that FlashAttention-2 takes all
+        prompts, or a layer more kernels. Raises `NoKernels` with FlashInfer's reason: it has compiled one for these
+        heads neither before nor now."""
+        found = "flashinfer"
         try:
             self._try()
         except Exception as error:  # of a compiler, a loader or CUDA
             raise NoKernels(f"FlashInfer cannot attend here ({error})") from error
         try:
+            if self._fresh:
+                self._try(FRESH)
+        except Exception as error:
+            self._fresh, found = {}, f"{found}, long prompts without fa3: {said(error)}"
+        try:
             self._fused = importlib.import_module("miniserve.ops.cuda_fused")
             self._try()
         except Exception as error:
-            self._fused = None
-            return f"flashinfer, slower without triton: {' '.join(str(error).split())[:300]}"
-        return "flashinfer"
+            self._fused, found = None, f"{found}, slower without triton: {said(error)}"
+        return found
 
-    def _try(self) -> None:
-        """What layers with this model's heads make of a decode and a prompt."""
+    def _try(self, length: int = 4) -> None:
+        """What layers with this model's heads make of a decode and a prompt of so many tokens."""
         numbers = partial(torch.zeros, dtype=self._dtype, device=self._device)
         sizes = self._heads, self._kv_heads, self._dim, self.scale
-        rows, kv = torch.zeros(5, dtype=torch.int64, device=self._device), numbers(2, 1, 2, 16, *sizes[1:3])
-        plan = self.plan(Batch(rows, rows, rows[:0], [1, 4], [1, 4], [[0], [1]]), kv)
-        x, norm, cos_sin = numbers(5, 64), numbers(self._dim), self.rotary(numbers(1, self._dim // 2).float(), kv.dtype)
+        count, pages = length + 1, 1 + -(-length // 16)
+        rows, kv = torch.zeros(count, dtype=torch.int64, device=self._device), numbers(pages, 1, 2, 16, *sizes[1:3])
+        plan = self.plan(Batch(rows, rows, rows[:0], [1, length], [1, length], [[0], [*range(1, pages)]]), kv)
+        x, norm = numbers(count, 64), numbers(self._dim)
+        cos_sin = self.rotary(numbers(1, self._dim // 2).float(), kv.dtype)
         matrix = numbers((self._heads + 2 * self._kv_heads) * self._dim, 64)
         linear = self.linear(matrix)
         for window in plan.decode:
             for scale in (None, norm):
                 part = Attention(0, *sizes, window, 0, False, linear, scale, scale, linear)
                 self.attend(plan, part, x, x[0], 1e-6, cos_sin(rows))
-        linear(x, numbers(5, len(matrix)))
+        linear(x, numbers(count, len(matrix)))
         self.product(self.gated(matrix), x, x[0], 1e-6).tolist()  # waits
 
     def linear(self, weight: Weight, bias: Tensor | None = None) -> Product:
@@ -193,7 +201,7 @@ class CudaOps(CudaPlanner, Steps):
         return few(self._fused, x) and self._dtype is not torch.float16
 
     def attend(self, plan: CudaPlan, part: Attention, x: Tensor, norm: Tensor, eps: float, cos_sin: Any) -> Tensor:
-        if self._fused is None:
+        if self._fused is None or plan.fresh:  # it leaves no keys in a row
             return super().attend(plan, part, x, norm, eps, cos_sin)
         if part.q_norm is None and self._norms(x):
             product = cast(Product, part.qkv)
@@ -202,23 +210,29 @@ class CudaOps(CudaPlanner, Steps):
             made = self.product(part.qkv, x, norm, eps)
             self._fused.heads(made, eps, part, plan, cos_sin[1])
         every = made.view(len(x), -1, part.dim)
-        return passed(part, self._found(plan, part, every[:, : part.heads]), every)
+        return passed(part, self._found(plan, part, every[:, : part.heads], {}), every)
 
     def attention(self, plan: CudaPlan, part: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         new = {"append_key": k, "append_value": v, "paged_kv_cache": plan.layers[part.index]}
         self._fi.page.append_paged_kv_cache(**new, **plan.places, kv_layout="NHD")
-        return self._found(plan, part, q)
+        return self._found(plan, part, q, {"k": k[plan.decodes :], "v": v[plan.decodes :]})
 
-    def _found(self, plan: CudaPlan, part: Attention, q: Tensor) -> Tensor:
-        """What queries find among the keys and values that are stored."""
+    def _found(self, plan: CudaPlan, part: Attention, q: Tensor, new: dict[str, Tensor]) -> Tensor:
+        """What queries find among the keys and values that are stored, or among the `new` ones of fresh prompts."""
         assert part.scale == self.scale, "what was planned for"
         pages = plan.layers[part.index]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if plan.decode:
             plan.decode[part.window].run(q=q[: plan.decodes], paged_kv_cache=pages, out=out[: plan.decodes])
         if plan.prefill:
-            plan.prefill[part.window].run(q=q[plan.decodes :], paged_kv_cache=pages, out=out[plan.decodes :])
+            known = new if plan.fresh else {"paged_kv_cache": pages}
+            plan.prefill[part.window].run(q=q[plan.decodes :], **known, out=out[plan.decodes :])
         return out
+
+
+def said(error: Exception) -> str:
+    """What an error says, on one line of a banner."""
+    return " ".join(str(error).split())[:300]
 
 
 def _flashinfer(device: torch.device, dtype: torch.dtype, head_dim: int) -> Any:

@@ -13,6 +13,8 @@ from miniserve.ops.decoder import Batch, Sizes, State
 
 MOST_DECODES = 512
 """Of one CUDA graph."""
+FRESH = 1024
+"""Rows of prompts, with nothing before them, from which on FlashAttention-3 may pay for a few kernels more a layer."""
 TENSOR_CORE_GROUP = 4
 """Query heads that share a key head, from which on a decode is faster by tensor cores (FlashInfer's advice)."""
 
@@ -20,8 +22,9 @@ TENSOR_CORE_GROUP = 4
 @dataclass(frozen=True)
 class CudaPlan:
     """A batch as the kernels read it: its first `decodes` rows are one token each of as many sequences, and `decode`
-    attends them; `prefill` attends the others. Both have a wrapper for each window, or none. All tensors are int32 on
-    the device.
+    attends them; `prefill` attends the others, of which it reads new keys and values as they are if they are `fresh`:
+    no prompt has tokens before its new ones. Both have a wrapper for each window, or none. All tensors are int32 on the
+    device.
 
     `places` are where new keys and values go, as FlashInfer calls them. Sequence i has pages `kv_indices[kv_indptr[i] :
     kv_indptr[i + 1]]`, with `kv_last_page_len[i]` tokens in the last one; row r is of sequence `batch_indices[r]`, at
@@ -37,6 +40,7 @@ class CudaPlan:
     starts: Tensor
     state: State | None
     slots: Tensor
+    fresh: bool = False
 
 
 def page_tables(
@@ -80,6 +84,7 @@ class CudaPlanner:
         self._workspace = torch.zeros(room if self._pinned else 2**10, dtype=torch.uint8, device=device)
         self._windows = sorted(sizes.windows)
         self._prefill = self._prefill_wrappers()
+        self._fresh = self._fresh_wrappers()
         self._decode: dict[int, Any] = {}
         self._planned: torch.cuda.Event | None = None
 
@@ -108,7 +113,12 @@ class CudaPlanner:
             self._decode = self._decode or self._decode_wrappers(kv)
             begins, lasts = host["kv_indptr"][: decodes + 1], host["kv_last_page_len"][:decodes]
             self._plan_decode(self._decode, kv, indptr=begins, indices=made["kv_indices"][:split], last_page_len=lasts)
-        if decodes < count:
+        prompts = batch.contexts[decodes:]
+        fresh = bool(self._fresh) and sum(prompts) >= FRESH and prompts == batch.lengths[decodes:]
+        if fresh:
+            ends = host["prefills"]
+            self._fresh[0].plan(qo_indptr=ends, kv_indptr=ends, head_dim_qk=self._dim, causal=True, **self._shape(kv))
+        elif prompts:
             self._plan_prefill(
                 self._prefill,
                 kv,
@@ -119,10 +129,10 @@ class CudaPlanner:
                 seq_lens=host["contexts"],
             )
         self._end_planning()
-        wrappers = self._decode if decodes else {}, self._prefill if decodes < count else {}
+        wrappers = self._decode if decodes else {}, self._fresh if fresh else self._prefill if prompts else {}
         names = "kv_indptr", "kv_last_page_len", "kv_indices", "batch_indices"
         places = {name: made[name] for name in names} | {"positions": batch.positions.int()}
-        return CudaPlan(_views(kv), decodes, *wrappers, places, made["starts"], state, made["slots"])
+        return CudaPlan(_views(kv), decodes, *wrappers, places, made["starts"], state, made["slots"], fresh)
 
     def fixed_plan(self, rows: int, kv: Tensor, state: State | None, longest: int, sequences: int = 0) -> CudaPlan:
         """A plan whose tensors stay where they are, to be filled: for decodes of as many sequences as `rows`, or, as if
@@ -187,12 +197,19 @@ class CudaPlanner:
         made = partial(self._fi.BatchPrefillWithPagedKVCacheWrapper, self._workspace, kv_layout="NHD", backend="fa2")
         return {window: made(**fixed) for window in self._windows}
 
+    def _fresh_wrappers(self) -> dict[int, Any]:
+        """FlashAttention-3, where there are GPUs and heads that FlashInfer has compiled it for."""
+        there = not self._pinned or torch.cuda.get_device_capability(self._device)[0] == 9
+        if not there or self._dim != 128 or self._windows != [0]:
+            return {}
+        return {0: self._fi.BatchPrefillWithRaggedKVCacheWrapper(self._workspace, kv_layout="NHD", backend="fa3")}
+
     def _plan_decode(self, wrappers: dict[int, Any], kv: Tensor, **tables: Tensor) -> None:
         for window, wrapper in wrappers.items():
-            wrapper.plan(**tables, **self._shape(kv), head_dim=self._dim, window_left=window - 1)
+            wrapper.plan(**tables, **self._shape(kv), page_size=kv.shape[3], head_dim=self._dim, window_left=window - 1)
 
     def _plan_prefill(self, wrappers: dict[int, Any], kv: Tensor, **tables: Tensor) -> None:
-        more = {"head_dim_qk": self._dim, "causal": True}
+        more = {"page_size": kv.shape[3], "head_dim_qk": self._dim, "causal": True}
         for window, wrapper in wrappers.items():
             wrapper.plan(**tables, **self._shape(kv), **more, window_left=window - 1)
 
@@ -200,7 +217,6 @@ class CudaPlanner:
         return {
             "num_qo_heads": self._heads,
             "num_kv_heads": kv.shape[4],
-            "page_size": kv.shape[3],
             "sm_scale": self.scale,
             "q_data_type": self._dtype,
             "kv_data_type": self._dtype,

@@ -79,13 +79,15 @@ COPIES = "copy_pages() in kv/side.py: the host's time for its lists against the 
 CLOCKS = "another program on the device, or its clocks"
 NCCL = "kv/transfer/nccl.py: what its library answered; two ranks on one GPU need NCCL 2.30"
 
+KINDS = "decode", "prefill", "fresh", "mixed"
+
 SMOKE = Stage(
     "smoke",
     90,
     [
         correct("versions", "machine:versions", 20, "what the machine has installed"),
         correct("flashinfer", "machine:flashinfer", 60, INSTALLED),
-        *(correct(f"kernels {k}", "kernels:attention", 30, ATTENTION, kind=k) for k in ("decode", "prefill", "mixed")),
+        *(correct(f"kernels {k}", "kernels:attention", 30, ATTENTION, kind=k) for k in KINDS),
         correct("kernels between", "kernels:between", 20, PARTS),
         correct("kernels products", "kernels:products", 20, PARTS),
         correct("kernels layers", "layers:check", 30, LAYERS),

@@ -26,6 +26,7 @@ LAYERS = 3
 BATCHES = {
     "decode": [(1, context) for context in (1, 16, 17, 100, 333, 1024, 5)],
     "prefill": [(1, 1), (7, 7), (16, 48), (130, 130), (67, 600), (200, 216)],
+    "fresh": [(1, 40), (700, 700), (600, 600)],
     "mixed": [(1, 40), (90, 90), (1, 700), (67, 500), (1, 1), (3, 35)],
 }
 """(new tokens, tokens with these) of each sequence."""

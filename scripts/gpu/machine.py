@@ -78,6 +78,7 @@ def modules() -> dict[str, Callable[[], Any]]:
         shape = number, number, number, index, dim, dim, 0, False, False
         found[f"decode, heads of {dim}"] = partial(load, "decode", "get_batch_decode_module", *shape)
         found[f"prefill, heads of {dim}"] = partial(load, "prefill", "get_batch_prefill_module", "fa2", *shape, False)
+    found["fresh prompts, heads of 128"] = partial(load, "prefill", "get_batch_prefill_module", "fa3", *shape, False)
     return found
 
 

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.long
 
 WAYS = [f"{graphs}, {overlap}" for graphs in ("graphs", "eager") for overlap in ("overlap", "no overlap")]
 SAMPLINGS = ("greedy", "drawn", "filtered", "penalized")
-STEPS = [*(f"decode, {sampling}" for sampling in SAMPLINGS), "append"]
+STEPS = [*(f"decode, {sampling}" for sampling in SAMPLINGS), "append", "fresh prompt"]
 
 # What was counted for two layers and five decodes: these numbers may fall, and are lowered then.
 LAUNCHES = {
@@ -24,6 +24,7 @@ LAUNCHES = {
     "eager, overlap: decode, greedy": 32,
     "graphs, overlap: append": 20,
     "eager, overlap: append": 35,
+    "graphs, overlap: fresh prompt": 33,
 }
 # Of a layer, in the graph of so many decodes: with few rows Triton's kernels do what lies beside the products, too.
 NODES = {"llama-3-8b, 1": 6, "llama-3-8b, 16": 6, "llama-3-8b, 24": 10, "qwen3-8b, 16": 7, "qwen3-8b, 24": 10}
@@ -53,13 +54,19 @@ def test_the_host_waits_for_nothing_that_runs(found: dict[str, Any], way: str, s
 @pytest.mark.parametrize("way", WAYS)
 def test_all_copies_go_by_pinned_memory(found: dict[str, Any], way: str, step: str) -> None:
     """But for FlashInfer's own `[0, 1, ... decodes]` in an eager decode: 6 numbers for 5 of them."""
-    its_own = ["PAGEABLE copy pageable > device 24"] if way.startswith("eager") and step != "append" else []
+    its_own = ["PAGEABLE copy pageable > device 24"] if way.startswith("eager") and step.startswith("decode") else []
     assert found["steps"][f"{way}: {step}"]["copies of the host"] == its_own
 
 
 @pytest.mark.parametrize("step", LAUNCHES)
 def test_no_step_launches_more(found: dict[str, Any], step: str) -> None:
     assert found["steps"][step]["launches"] <= LAUNCHES[step]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_fresh_prompts_are_attended_by_fa3(found: dict[str, Any], way: str) -> None:
+    """Once in each of the two layers."""
+    assert found["steps"][f"{way}: fresh prompt"]["attended by fa3"] == 2
 
 
 @pytest.mark.parametrize("graph", NODES)

@@ -19,7 +19,7 @@ from miniserve.config import ConfigError, parse_graph_sizes
 from miniserve.llm import LLM
 from miniserve.ops.cuda_ops import CudaOps
 from miniserve.ops.cuda_plan import MOST_DECODES, page_tables, workspace_bytes
-from miniserve.ops.decoder import Batch, Experts, Mlp, Sizes
+from miniserve.ops.decoder import Attention, Batch, Experts, Mlp, Sizes
 from miniserve.ops.native import NoKernels
 from miniserve.ops.torch_ops import TorchOps
 from miniserve.sampling_params import SamplingParams
@@ -93,6 +93,37 @@ def test_attention_equals_the_reference_path(lengths: list[int], contexts: list[
             pool[pages[-(-context // PAGE) - 1], :, :, context % PAGE :] = 0
     assert torch.equal(*pools), "the same KV in the same slots"
     torch.testing.assert_close(found[0][0].float(), found[1][0].float(), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("fused", [None, reference_fused])
+@pytest.mark.parametrize(
+    ("lengths", "contexts", "fresh"),
+    [
+        ([1, 1, 16, 5], [9, 4, 16, 5], True),
+        ([30], [30], True),
+        ([15], [15], False),  # short
+        ([16, 5], [16, 9], False),  # something is before one of them
+    ],
+)
+def test_fresh_prompts_read_their_own_keys(lengths, contexts, fresh: bool, fused: Any, monkeypatch) -> None:
+    """Prompts without a cached prefix: what they find is what they would find in the pool, where it is stored too."""
+    monkeypatch.setattr("miniserve.ops.cuda_plan.FRESH", 16)
+    torch.manual_seed(sum(contexts))
+    kv, rows = torch.randn(40, 1, 2, PAGE, 2, 128).to(BF16), sum(lengths)
+    batch, x = batch_of(lengths, contexts, 39, 1), torch.randn(rows, 64).to(BF16)
+    weight, norm = torch.randn(8 * 128, 64).to(BF16) / 8, torch.rand(64).to(BF16)
+    angles, found = torch.rand(64, 64), []
+    for apart in (True, False):
+        made = CudaOps(CPU, BF16, Sizes(4, 128, (), kv_heads=2), reference(), (delta, fused))
+        if not apart:
+            made._fresh = {}
+        pool = kv.clone()
+        plan = made.plan(batch, pool)
+        assert plan.fresh is (fresh and apart)
+        part = Attention(0, 4, 2, 128, 128**-0.5, 0, 0, False, made.linear(weight), None, None, made.linear(weight))
+        found.append((made.attend(plan, part, x, norm, 1e-6, made.rotary(angles, BF16)(batch.positions)), pool))
+    torch.testing.assert_close(found[0][0].float(), found[1][0].float(), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(found[0][1].float(), found[1][1].float(), rtol=0.02, atol=0.02)
 
 
 def test_the_other_kernels() -> None:
@@ -199,6 +230,21 @@ def test_without_triton_the_banner_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "miniserve.ops.cuda_fused", reference_fused)
     assert made.try_out() == "flashinfer"
     assert made.linear(torch.zeros(64, 64)).fused is reference_fused
+
+
+def test_without_fa3_the_banner_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then prompts without a cached prefix are attended as others are."""
+    made = CudaOps(CPU, BF16, Sizes(4, 128, (), kv_heads=2), reference())
+    monkeypatch.setitem(sys.modules, "miniserve.ops.cuda_fused", reference_fused)
+    assert made.try_out() == "flashinfer"
+
+    def missing(self: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no fa3 module")
+
+    monkeypatch.setattr("tests.support.reference_flashinfer.Ragged.run", missing)
+    assert made.try_out() == "flashinfer, long prompts without fa3: no fa3 module"
+    batch = batch_of([2048], [2048], 4096 // PAGE, 1)
+    assert not made.plan(batch, torch.zeros(4096 // PAGE, 1, 2, PAGE, 2, 128, dtype=BF16)).fresh
 
 
 def test_in_fp16_a_norm_is_a_kernel_of_its_own() -> None:

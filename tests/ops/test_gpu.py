@@ -17,6 +17,7 @@ from scripts.gpu.setting import Setting
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
 CORRECTNESS = [check for stage in STAGES for check in stage.checks if check.kind is Kind.CORRECTNESS]
 HERE = (
+    "kernels fresh",
     "kernels mixed",
     "kernels windows",
     "kernels experts",

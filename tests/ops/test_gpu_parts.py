@@ -124,13 +124,13 @@ def test_an_early_look_at_speed(toy: Setting) -> None:
 
 def test_variants_are_measured_over_both_pools(toy: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     toy.kept["ceilings"] = Ceilings(1e10, 1e10, 1e11)
-    assert len([figure for figure in variants.check(toy) if figure.unit == "us"]) == 4
+    assert len([figure for figure in variants.check(toy) if figure.unit == "us"]) == 8
     monkeypatch.setattr(variants, "make_ops", cuda_ops)
     pools = [variants.pool(toy, 6, 2, page_major) for page_major in (True, False)]
     assert pools[0].shape == pools[1].shape
     assert [pool.stride(0) > pool.stride(1) for pool in pools] == [True, False], "which index moves farther"
     for pool in pools:
-        assert variants.decode_seconds(toy, pool, heads=16, count=2, context=40) > 0
+        assert variants.layer_seconds(toy, pool, 16, [1, 1], [40, 40]) > 0
     stored = [pool.abs().sum((2, 3, 4, 5)) > 0 for pool in pools]
     assert stored[0].equal(stored[1])
     assert stored[0].sum(0).tolist() == [2, 2], "of each layer one page of each sequence"

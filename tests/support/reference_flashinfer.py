@@ -106,6 +106,38 @@ class Wrapper:
         return out
 
 
+class Ragged:
+    """Attention of prompts with nothing before them."""
+
+    def __init__(self, fi: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.kind = fi.BatchPrefillWithRaggedKVCacheWrapper
+        inspect.signature(inspect.unwrap(self.kind.__init__)).bind(None, *args, **kwargs)
+        assert kwargs["backend"] == "fa3", "auto would take another module"
+        self.planned: dict[str, Any] = {}
+
+    def plan(self, **kwargs: Any) -> None:
+        inspect.signature(inspect.unwrap(self.kind.plan)).bind(None, **kwargs)
+        assert kwargs["causal"]
+        assert kwargs["head_dim_qk"] == 128, "no other module is shipped"
+        assert torch.equal(kwargs["qo_indptr"], kwargs["kv_indptr"])
+        self.planned = kwargs
+
+    def run(self, **kwargs: Any) -> torch.Tensor:
+        inspect.signature(inspect.unwrap(self.kind.run)).bind(None, **kwargs)
+        planned, out, group = self.planned, kwargs["out"], self.planned["num_qo_heads"] // self.planned["num_kv_heads"]
+        assert {planned["q_data_type"], planned["kv_data_type"]} == {kwargs[x].dtype for x in ("q", "k", "v", "out")}
+        assert all(len(kwargs[x]) == planned["qo_indptr"][-1] for x in ("q", "k", "v", "out"))
+        assert all(kwargs[x].stride(-1) == 1 for x in ("q", "k", "v", "out"))
+        for begin, end in pairwise(planned["qo_indptr"].tolist()):
+            q, k, v = (kwargs[x][begin:end].double() for x in ("q", "k", "v"))
+            scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * planned["sm_scale"]
+            scores.masked_fill_(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+            out[begin:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v.repeat_interleave(group, 1)).to(
+                out.dtype
+            )
+        return out
+
+
 def rmsnorm(input: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:
     assert len(input), "a grid of no rows is an error of CUDA's"
     x = input.double()
@@ -196,6 +228,7 @@ def reference() -> Any:
     return SimpleNamespace(
         BatchDecodeWithPagedKVCacheWrapper=lambda *args, **kwargs: Wrapper(fi, True, args, kwargs),
         BatchPrefillWithPagedKVCacheWrapper=lambda *args, **kwargs: Wrapper(fi, False, args, kwargs),
+        BatchPrefillWithRaggedKVCacheWrapper=lambda *args, **kwargs: Ragged(fi, args, kwargs),
         norm=SimpleNamespace(rmsnorm=checked(rmsnorm, fi.norm.rmsnorm)),
         rope=SimpleNamespace(
             apply_rope_with_cos_sin_cache_inplace=checked(rope, fi.rope.apply_rope_with_cos_sin_cache_inplace)

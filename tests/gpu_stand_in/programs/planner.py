@@ -98,8 +98,10 @@ def refused(planner: CudaPlanner, kv: torch.Tensor) -> Iterator[str]:
                 yield from tried(f"appends of {rows}: {lengths}", partial(planner.fill, plan[0], few, kv))
                 if shapes(plan[0]) != shape:
                     yield f"appends of {rows}: {lengths}: other launches than were recorded"
-    for name, (lengths, contexts) in EAGER.items():
-        yield from tried(name, partial(planner.plan, batch(lengths, contexts), kv))
+    for kept in (planner._fresh, {}):
+        planner._fresh = kept
+        for name, (lengths, contexts) in EAGER.items():
+            yield from tried(name, partial(planner.plan, batch(lengths, contexts), kv))
 
 
 OTHERS = [(64, 8, 128), (64, 4, 128), (96, 8, 128), (40, 8, 128), (48, 1, 128), (71, 1, 64), (14, 2, 64), (12, 12, 64)]

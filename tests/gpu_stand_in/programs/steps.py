@@ -56,7 +56,8 @@ def seen(before: Log, log: Log) -> dict[str, Any]:
 
 
 def steps(built: Built) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Decodes with each way of sampling, then an append of 67 tokens to 16k that are cached."""
+    """Decodes with each way of sampling, then an append of 67 tokens to 16k that are cached, and a prompt of 2,000 of
+    which nothing is."""
     running = built.engine
     for name, params in SAMPLINGS.items():
         turns = [f"{name} {i}" for i in range(5)]
@@ -81,6 +82,15 @@ def steps(built: Built) -> Iterator[tuple[str, dict[str, Any]]]:
         tokens_come(running)
         end(running, [turn])
     yield "append", seen(Log(), log)
+    for repeat in range(2):  # the first one takes memory
+        add(running, "fresh", fresh(1, 2000, seed=100 + repeat)[0], SAMPLINGS["greedy"])
+        running.admit()
+        with logged() as log:
+            running.step()
+        tokens_come(running)
+        end(running, ["fresh"])
+    attended = sum("PrefillWithKVCacheKernel" in line.what and "Ragged" in line.what for line in log.of("L"))
+    yield "fresh prompt", seen(Log(), log) | {"attended by fa3": attended}
 
 
 def nodes_of_a_graph(preset: str, layers: int, size: int) -> int:
