@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from llguidance import LLExecutor
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 
@@ -66,6 +67,8 @@ class Samples:
         return list(zip(tokens, logprobs, strict=True))
 
 
+BLOCK = 512
+"""Weights of a vocabulary that are added up together, to draw one of them."""
 TAIL = 64
 """So many tokens of a sequence are sent to its device anew in each step, at most; those before them are there."""
 
@@ -235,9 +238,20 @@ def _rows(x: torch.Tensor, rows: list[int]) -> torch.Tensor:
 
 
 def _invert(weights: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Index of the first weight at which the running sum passes `points` (0 to 1) of the total, `[n, 1]`."""
-    sums = weights.double().cumsum(-1)
-    index = torch.searchsorted(sums, points * sums[:, -1:], right=True)
-    # Rounding may land past the last weight that is not zero.
-    last = (weights > 0).int().cumsum(-1).argmax(-1, keepdim=True)
-    return torch.minimum(index, last)
+    """Index of the first weight at which the running sum passes `points` (0 to 1) of the total, `[n, 1]`. Among many it
+    is looked for in the sums of blocks, and then in a block: running sums of a whole vocabulary take far longer."""
+    if weights.shape[1] <= 16 * BLOCK:
+        sums = weights.double().cumsum(-1)
+        return _passed(sums, points * sums[:, -1:])
+    blocks = F.pad(weights, (0, -weights.shape[1] % BLOCK)).view(len(weights), -1, BLOCK)
+    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    at = points * ends[:, -1:]
+    block = _passed(ends, at)
+    inside = blocks.gather(1, block.unsqueeze(2).expand(-1, 1, BLOCK)).squeeze(1).double().cumsum(-1)
+    return block * BLOCK + _passed(inside, at - F.pad(ends, (1, 0)).gather(1, block))
+
+
+def _passed(sums: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Where running `sums` pass `at`, `[n, 1]`; rounding may put that past the last weight that is not zero."""
+    last = torch.searchsorted(sums, sums[:, -1:].contiguous())
+    return torch.minimum(torch.searchsorted(sums, at, right=True), last)
