@@ -55,6 +55,11 @@ class Ops(Protocol):
         leave; the likeliest always stays.
         """
 
+    def draw(self, weights: Tensor, temperature: Tensor | None, points: Tensor) -> Tensor:
+        """Index of the first weight of each row `[n, any]` at which the running sum passes `points` (float64 `[n, 1]`,
+        0 to 1) of the row's total: `[n, 1]`. With a `temperature`, float32 `[n, 1]`, the weights are given as logits.
+        None that is zero is ever drawn."""
+
     def plan(self, batch: Batch, kv: Tensor, state: State | None = None) -> Any:
         """What attention needs to know of a batch, worked out once for all layers. `kv` is the pool
         `[page, layer, k/v, slot, kv_head, head_dim]`, the last three in this order or in that of `layout`."""

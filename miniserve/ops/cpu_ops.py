@@ -16,7 +16,7 @@ from miniserve.ops.decoder import Attention, Batch, DeltaNet, Experts, Layer, Ml
 from miniserve.ops.group import Group
 from miniserve.ops.native import STRUCTS, NoKernels, load
 from miniserve.ops.quantized import GROUP, Quantized, Weight
-from miniserve.ops.torch_ops import filter_sorted, rotary_tables
+from miniserve.ops.torch_ops import draw, filter_sorted, rotary_tables
 
 BLOCK = 64
 """Columns of a product whose weights are packed together: KEYS in cpu_vectors.h. Of gates and ups half are either."""
@@ -152,6 +152,7 @@ class CpuOps:
     """`FusedOps` for fp32, and for bf16 on a CPU that multiplies it in hardware."""
 
     filter = staticmethod(filter_sorted)
+    draw = staticmethod(draw)
     rotary = staticmethod(rotary_tables)
 
     def __init__(self, dtype: torch.dtype, sizes: Sizes, page_tokens: int, progress: Callable[[str], None]) -> None:

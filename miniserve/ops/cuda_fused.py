@@ -1,5 +1,5 @@
-"""Triton kernels for steps of few rows: products together with what lies before and after them, and heads made ready
-for attention.
+"""Triton kernels for steps of few rows: products together with what lies before and after them, heads made ready for
+attention; and for draws of any number of rows.
 
 A decode of a few sequences reads all weights and does little else: what counts is that these stream in, and that few
 kernels wait for one another. A program multiplies all rows of x with some columns (rows of the weight): neighbours, or
@@ -9,6 +9,7 @@ pairs of a gate and its up, or of two numbers of a head that rotate together. Su
 from collections import namedtuple
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,6 +24,8 @@ TILE, STEP = tl.constexpr(ROWS), tl.constexpr(8192)
 STAGES = 4
 WIDE = 8192
 """So many rows of a weight are enough for a GPU full of programs of 64; of fewer each takes 32."""
+BLOCK = 1024
+"""Weights of a vocabulary that are added up together, to draw one of them."""
 VIEWS = ["positions", "sequences", "starts", "indices"]
 """Views into the numbers of a plan begin anywhere: kernels would be compiled anew for each alignment."""
 Shape = namedtuple("Shape", "heads kv_heads dim rotary page_tokens page values")
@@ -59,6 +62,17 @@ def heads(qkv: Tensor, eps: float, part: Attention, *where: Any) -> None:
     views, shape = _places(part, *where)
     grid = triton.cdiv(len(qkv), ROWS), shape.heads + 2 * shape.kv_heads
     _heads[grid](qkv, part.q_norm, part.k_norm, eps, *views, len(qkv), qkv.stride(0), shape)
+
+
+def draw(weights: Tensor, temperature: Maybe, points: Tensor) -> Tensor:
+    """`Ops.draw`: all weights are read once, for the sums of blocks, and then those of one block of each row."""
+    rows, width = weights.shape
+    blocks = triton.cdiv(width, BLOCK)
+    sums, tops = points.new_empty(rows, blocks), weights.new_empty(rows, blocks)
+    out, sizes = points.new_empty(rows, 1, dtype=torch.int64), (width, weights.stride(0), blocks, BLOCK)
+    _sum_blocks[(blocks, rows)](weights, temperature, sums, tops, *sizes)
+    _pick[(rows,)](weights, temperature, points, sums, tops, out, *sizes, triton.next_power_of_2(blocks))
+    return out
 
 
 def _width(weight: Tensor) -> int:
@@ -175,3 +189,50 @@ def _heads(
         factor = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / shape.dim + eps)[:, None]
         low, high = low * factor * tl.load(norm + first), high * factor * tl.load(norm + second)
     _place(low, high, pair, head, row, rows, qkv, width, table, positions, sequences, starts, indices, pool, shape)
+
+
+@triton.jit
+def _block(x, temperature, row, block, width, stride, BLOCK: tl.constexpr):
+    """The weights of a block, float64, and the largest logit, against which they are exponents of e."""
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    x += row.to(tl.int64) * stride + at
+    if temperature is None:
+        top = 0.0
+        weights = tl.load(x, at < width, 0.0)
+    else:
+        logits = tl.load(x, at < width, float("-inf"))
+        top = tl.max(logits, 0)
+        weights = tl.exp((logits - tl.maximum(top, -1e38)) / tl.load(temperature + row))
+    return weights.to(tl.float64), top
+
+
+@triton.jit
+def _sum_blocks(x, temperature, sums, tops, width, stride, blocks, BLOCK: tl.constexpr):
+    block, row = tl.program_id(0), tl.program_id(1)
+    weights, top = _block(x, temperature, row, block, width, stride, BLOCK)
+    tl.store(sums + row * blocks + block, tl.sum(weights, 0))
+    tl.store(tops + row * blocks + block, top)
+
+
+@triton.jit
+def _pick(x, temperature, points, sums, tops, out, width, stride, blocks, BLOCK: tl.constexpr, MOST: tl.constexpr):
+    row, block = tl.program_id(0), tl.arange(0, MOST)
+    weights = tl.load(sums + row * blocks + block, block < blocks, 0.0)
+    scale = tl.full((MOST,), 1.0, tl.float64)
+    if temperature is not None:
+        top = tl.load(tops + row * blocks + block, block < blocks, float("-inf"))
+        scale = tl.exp((top - tl.max(top, 0)) / tl.load(temperature + row)).to(tl.float64)
+    sums = tl.cumsum(weights * scale, 0)
+    at = tl.load(points + row) * tl.max(sums, 0)
+    found = _passed(sums, at)
+    # What lies before the block, in the block's own scale.
+    at = (at - tl.max(tl.where(block < found, sums, 0.0), 0)) / tl.sum(tl.where(block == found, scale, 0.0), 0)
+    weights, _ = _block(x, temperature, row, found, width, stride, BLOCK)
+    tl.store(out + row, (found * BLOCK + _passed(tl.cumsum(weights, 0), at)).to(tl.int64))
+
+
+@triton.jit
+def _passed(sums, at):
+    """Where running sums pass `at`; rounding may put that past the last weight that is not zero."""
+    last = tl.sum((sums < tl.max(sums, 0)).to(tl.int32), 0)
+    return tl.minimum(tl.sum((sums <= at).to(tl.int32), 0), last)

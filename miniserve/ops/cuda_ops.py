@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from miniserve.ops import torch_ops
 from miniserve.ops.cuda_plan import FRESH, CudaPlan, CudaPlanner
 from miniserve.ops.decoder import Attention, Batch, DeltaNet, Experts, Head, Linear, Mlp, Sizes
 from miniserve.ops.native import NoKernels
@@ -123,6 +124,8 @@ class CudaOps(CudaPlanner, Steps):
                 part = Attention(0, *sizes, window, 0, False, linear, scale, scale, linear)
                 self.attend(plan, part, x, x[0], 1e-6, cos_sin(rows))
         linear(x, numbers(count, len(matrix)))
+        point = torch.zeros(1, 1, dtype=torch.float64, device=self._device)
+        self.draw(self.draw(x[:1].float(), point.float() + 1, point).float(), None, point)
         self.product(self.gated(matrix), x, x[0], 1e-6).tolist()  # waits
 
     def linear(self, weight: Weight, bias: Tensor | None = None) -> Product:
@@ -192,6 +195,9 @@ class CudaOps(CudaPlanner, Steps):
         # Without `is_deterministic` it adds floats up in any order, and a token at the edge may come or go.
         kept = self._fi.sampling.top_p_renorm_probs(probs=kept, top_p=top_p.squeeze(1), is_deterministic=True)
         return None, kept
+
+    def draw(self, weights: Tensor, temperature: Tensor | None, points: Tensor) -> Tensor:
+        return (self._fused or torch_ops).draw(weights, temperature, points)
 
     def product(self, linear: Any, x: Tensor, norm: Tensor, eps: float) -> Tensor:
         return linear(x, None, norm, eps) if self._norms(x) else super().product(linear, x, norm, eps)

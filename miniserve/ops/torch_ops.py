@@ -14,6 +14,8 @@ from miniserve.ops.delta import delta
 from miniserve.ops.quantized import Weight, dense
 from miniserve.ops.steps import Steps
 
+BLOCK = 512
+"""Weights of a vocabulary that are added up together, to draw one of them."""
 SORTED = 1024
 """Candidates that are sorted at first: nearly always enough for top_k, top_p and min_p."""
 CosSin = tuple[Tensor, Tensor]
@@ -94,12 +96,35 @@ def filter_sorted(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) ->
     return ids, weights * keep
 
 
+def draw(weights: Tensor, temperature: Tensor | None, points: Tensor) -> Tensor:
+    """`Ops.draw`. Among many weights it looks in the sums of blocks, and then in a block: running sums of a whole
+    vocabulary take far longer."""
+    if temperature is not None:
+        weights = ((weights - weights.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    if weights.shape[1] <= 16 * BLOCK:
+        sums = weights.double().cumsum(-1)
+        return _passed(sums, points * sums[:, -1:])
+    blocks = F.pad(weights, (0, -weights.shape[1] % BLOCK)).view(len(weights), -1, BLOCK)
+    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    at = points * ends[:, -1:]
+    block = _passed(ends, at)
+    inside = blocks.gather(1, block.unsqueeze(2).expand(-1, 1, BLOCK)).squeeze(1).double().cumsum(-1)
+    return block * BLOCK + _passed(inside, at - F.pad(ends, (1, 0)).gather(1, block))
+
+
+def _passed(sums: Tensor, at: Tensor) -> Tensor:
+    """Where running `sums` pass `at`, `[n, 1]`; rounding may put that past the last weight that is not zero."""
+    last = torch.searchsorted(sums, sums[:, -1:].contiguous())
+    return torch.minimum(torch.searchsorted(sums, at, right=True), last)
+
+
 class TorchOps(Steps):
     """`Ops` of any dtype on any device. Weights of 4 and 8 bits are dequantized to `dtype`."""
 
     layout = "slot, kv_head, head_dim"
 
     filter = staticmethod(filter_sorted)
+    draw = staticmethod(draw)
 
     def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self._device = device

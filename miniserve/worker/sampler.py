@@ -11,7 +11,6 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from llguidance import LLExecutor
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 
@@ -67,8 +66,6 @@ class Samples:
         return list(zip(tokens, logprobs, strict=True))
 
 
-BLOCK = 512
-"""Weights of a vocabulary that are added up together, to draw one of them."""
 TAIL = 64
 """So many tokens of a sequence are sent to its device anew in each step, at most; those before them are there."""
 
@@ -204,15 +201,14 @@ class Sampler:
         def column(values: list[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return put(values, logits.device, dtype).unsqueeze(1)
 
-        temperature = column([p.temperature for p in params])
-        at = column(points, torch.float64)
-        probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+        temperature, at = column([p.temperature for p in params]), column(points, torch.float64)
         if not params[0].filtered:
-            return _invert(probs, at).squeeze(1)
+            return self.ops.draw(logits, temperature, at).squeeze(1)
+        probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
         top_k = column([p.top_k if 0 < p.top_k < probs.shape[1] else probs.shape[1] for p in params], torch.int32)
         top_p, min_p = column([p.top_p for p in params]), column([p.min_p for p in params])
         ids, kept = self.ops.filter(probs, top_k, top_p, min_p)
-        picked = _invert(kept, at)
+        picked = self.ops.draw(kept, None, at)
         return (picked if ids is None else ids.gather(1, picked)).squeeze(1)
 
 
@@ -235,23 +231,3 @@ def pinned(x: torch.Tensor) -> torch.Tensor:
 
 def _rows(x: torch.Tensor, rows: list[int]) -> torch.Tensor:
     return x if len(rows) == x.shape[0] else x[put(rows, x.device)]
-
-
-def _invert(weights: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Index of the first weight at which the running sum passes `points` (0 to 1) of the total, `[n, 1]`. Among many it
-    is looked for in the sums of blocks, and then in a block: running sums of a whole vocabulary take far longer."""
-    if weights.shape[1] <= 16 * BLOCK:
-        sums = weights.double().cumsum(-1)
-        return _passed(sums, points * sums[:, -1:])
-    blocks = F.pad(weights, (0, -weights.shape[1] % BLOCK)).view(len(weights), -1, BLOCK)
-    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
-    at = points * ends[:, -1:]
-    block = _passed(ends, at)
-    inside = blocks.gather(1, block.unsqueeze(2).expand(-1, 1, BLOCK)).squeeze(1).double().cumsum(-1)
-    return block * BLOCK + _passed(inside, at - F.pad(ends, (1, 0)).gather(1, block))
-
-
-def _passed(sums: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    """Where running `sums` pass `at`, `[n, 1]`; rounding may put that past the last weight that is not zero."""
-    last = torch.searchsorted(sums, sums[:, -1:].contiguous())
-    return torch.minimum(torch.searchsorted(sums, at, right=True), last)

@@ -15,10 +15,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from miniserve.ops import cuda_fused
-from miniserve.ops.cuda_fused import STAGES, Shape
+from miniserve.ops.cuda_fused import BLOCK, STAGES, Shape
 
 SHAPES = {"llama": Shape(32, 8, 128, 128, 16, 2**20, 2**14), "gemma": Shape(8, 4, 256, 64, 16, 2**20, 2**14)}
 FLOATS = {"eps": "fp32", "table": "*fp32"}
+DRAWS = {"temperature": "*fp32", "points": "*fp64", "sums": "*fp64", "tops": "*fp32", "out": "*i64", "blocks": "i32"}
 VIEWS = dict.fromkeys(cuda_fused.VIEWS, "*i32")
 SIZES = dict.fromkeys(("rows", "columns", "stride", "width"), "i32")
 
@@ -27,7 +28,8 @@ def compiled(kernel: Any, dtype: str, stages: int, **constants: Any) -> dict[str
     """Registers of a thread, bytes that it spills, bytes of shared memory of a program, and copies to there of 16 bytes
     and of fewer."""
     names = kernel.arg_names
-    types = {name: (FLOATS | VIEWS | SIZES).get(name, f"*{dtype}") for name in names}
+    known = FLOATS | VIEWS | SIZES | (DRAWS if "sums" in names else {})
+    types = {name: known.get(name, f"*{dtype}") for name in names}
     signature = types | dict.fromkeys(constants, "constexpr")
     aligned = [at for at, name in enumerate(names) if name not in {"rows", "eps", *VIEWS, *constants}]
     source = ASTSource(
@@ -65,6 +67,10 @@ def main() -> None:
         found[f"heads of {family}{', normed' * norm}, {dtype}"] = compiled(
             cuda_fused._heads, dtype, 3, shape=shape, **without
         )
+    for without in ({}, {"temperature": None}):
+        drawn = f"{'weights' if without else 'logits'}"
+        found[f"sums of {drawn}"] = compiled(cuda_fused._sum_blocks, "fp32", 3, BLOCK=BLOCK, **without)
+        found[f"draws from {drawn}"] = compiled(cuda_fused._pick, "fp32", 3, BLOCK=BLOCK, MOST=256, **without)
     print(json.dumps(found))
 
 

@@ -68,3 +68,13 @@ def heads(qkv: torch.Tensor, eps: float, part: Attention, plan: CudaPlan, table:
         half[pages, positions % size] = new
     q.copy_(queries)
     every[:, part.heads : part.heads + 2 * part.kv_heads] = torch.nan  # what lies there is not to be read again
+
+
+def draw(weights: torch.Tensor, temperature: Maybe, points: torch.Tensor) -> torch.Tensor:
+    assert points.dtype == torch.float64
+    assert points.shape == (len(weights), 1)
+    if temperature is not None:
+        assert temperature.dtype == weights.dtype == torch.float32
+        weights = (weights.double() / temperature).softmax(-1)
+    sums = weights.double().cumsum(-1)
+    return ((sums <= points * sums[:, -1:]).sum(-1, keepdim=True)).minimum((sums < sums[:, -1:]).sum(-1, keepdim=True))

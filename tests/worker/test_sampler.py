@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from miniserve.ops.torch_ops import TorchOps
+from miniserve.ops.torch_ops import BLOCK, TorchOps, draw
 from miniserve.sampling_params import SamplingParams
-from miniserve.worker.sampler import BLOCK, Sampler, _invert
+from miniserve.worker.sampler import Sampler
 from miniserve.worker.sequence import Sequence
 
 KINDS: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.01}, {"temperature": 0}, {"top_k": 1}]
@@ -38,7 +38,7 @@ def test_a_draw_inverts_the_running_sum(width: int) -> None:
     for points in (torch.rand(40, 1, generator=numbers, dtype=torch.float64), *torch.tensor([[[0.0]], [[1 - 2**-53]]])):
         points = points.double().expand(40, 1).contiguous()
         sums = weights.double().cumsum(-1)
-        drawn = _invert(weights, points)
+        drawn = draw(weights, None, points)
         assert bool((weights.gather(1, drawn) > 0).all())
         slack = 1e-12 * sums[:, -1:]
         assert bool((sums.gather(1, drawn) + slack >= points * sums[:, -1:]).all())
@@ -49,4 +49,4 @@ def test_a_draw_inverts_the_running_sum(width: int) -> None:
 def test_the_only_weight_is_drawn(at: int) -> None:
     weights = torch.zeros(3, 20 * BLOCK + 1)
     weights[:, at] = 0.25
-    assert _invert(weights, torch.tensor([[0.0], [0.5], [1 - 2**-53]], dtype=torch.float64)).tolist() == [[at]] * 3
+    assert draw(weights, None, torch.tensor([[0.0], [0.5], [1 - 2**-53]], dtype=torch.float64)).tolist() == [[at]] * 3
