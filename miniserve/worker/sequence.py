@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from miniserve.cluster.messages import FinishReason, Keep, Prefill, Run, TokenLogprob
 from miniserve.config import tables
 from miniserve.kv.disk import Load
-from miniserve.kv.hashing import extend_hash, page_hashes, root_hash
+from miniserve.kv.hashing import page_hashes, root_hash
 from miniserve.kv.pages import PagePool
 from miniserve.sampling_params import SamplingParams
 from miniserve.states import follow, transitions
@@ -240,7 +240,7 @@ class Sequence:
         full = self.given // page_tokens
         hashes = self.hashes(page_tokens)[:full]
         if tail := self.tokens[full * page_tokens : self.given]:
-            hashes.append(extend_hash(hashes[-1] if hashes else self.root, tail))
+            hashes += page_hashes(hashes[-1] if hashes else self.root, tail, len(tail))
         return hashes
 
     def extend(self, tokens: list[int], eos: frozenset[int], max_len: int) -> None:
