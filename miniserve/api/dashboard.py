@@ -95,15 +95,14 @@ class Views:
     async def events(self) -> Response:
         """What happens, as server-sent events: decisions and outcomes when they are made, once a second workers and
         turns. A client that does not keep up loses the oldest events, and an event says how many."""
-        return EventStream(_live_events(self._feed))
+
+        async def live() -> AsyncGenerator[bytes, None]:
+            with self._feed.listener() as listener:
+                while events := await listener.take():
+                    yield b"".join(events)
+
+        return EventStream(live())
 
     async def metrics(self) -> Response:
         """Prometheus metrics."""
         return Response(self._service.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
-
-
-async def _live_events(feed: Feed) -> AsyncGenerator[bytes, None]:
-    """The events of `feed` until the server ends. Raises `TooManyListeners`."""
-    with feed.listener() as listener:
-        while events := await listener.take():
-            yield b"".join(events)
