@@ -61,7 +61,6 @@ class Worker:
         self._early: list[messages.Envelope] = []  # messages of peers that have not been announced yet
         self._addresses: set[str] = set()  # the inboxes of the workers that live
         self._outputs: list[messages.TurnOutput] = []
-        self._moves: list[messages.Move] = []
         self._stopped: list[str] = []
         self._steps: list[messages.StepTime] = []
         self._busy = 0.0
@@ -86,7 +85,8 @@ class Worker:
         now = self.clock()
         self._busy += now - started
         # A message to an idle worker (a release, an abort) has changed its state, and no step will report that.
-        if self._outputs or self._moves or (self._idle and heard) or now - self._reported > IDLE_SECONDS:
+        news = self._outputs or self.handoffs.receiver.moves
+        if news or (self._idle and heard) or now - self._reported > IDLE_SECONDS:
             self._report(now)
         self._idle = not computed and not self.engine.has_work
 
@@ -104,9 +104,8 @@ class Worker:
             self.handoffs.sender.publish(sequence, first)
         for sequence, reason in step.refused:
             self.handoffs.sender.refuse(sequence, reason)
-        outputs, moves = self.handoffs.receiver.take()
-        self._outputs += outputs + step.outputs
-        self._moves += moves
+        self._outputs += self.handoffs.receiver.outputs + step.outputs
+        self.handoffs.receiver.outputs.clear()
         if step.time is not None:
             self._steps.append(step.time)
         return step.time is not None
@@ -173,9 +172,10 @@ class Worker:
         self.engine.add(Sequence.of(run, self.layout))
 
     def _report(self, now: float) -> None:
-        report = messages.Report(self._outputs, self._moves, self._stats(), self._steps, self._stopped)
+        moves, self.handoffs.receiver.moves = self.handoffs.receiver.moves, []
+        report = messages.Report(self._outputs, moves, self._stats(), self._steps, self._stopped)
         self.outboxes.send(self.frontend, report)
-        self._outputs, self._moves, self._steps, self._stopped = [], [], [], []
+        self._outputs, self._steps, self._stopped = [], [], []
         self._reported = now
 
     def _stats(self) -> messages.WorkerStats:
