@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 import tomllib
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -22,8 +23,8 @@ LFS_POINTER = b"version https://git-lfs"
 """How a file begins that stands for a large one in a clone without Git LFS."""
 
 
-class ConfigError(ValueError):
-    """A setting or a file that cannot work; the message says how to fix it."""
+class ConfigError(ValueError, ArgumentTypeError):
+    """A setting or a file that cannot work; the message says how to fix it. argparse shows it as it is."""
 
 
 def read_object(path: Path) -> dict[str, Any]:
