@@ -192,14 +192,12 @@ class Generation(AbstractAsyncContextManager):
                 self._metrics.observe(inter_token_latency_seconds=now - before)
             self._metrics.generated(len(out.tokens))
             before = now
+            self._news.put_nowait(choice)
             if choice.finish is not None:
                 if not isinstance(out, Ended):  # by a stop string or a last call, which the engine does not know
                     turn.cancel()
                 self._metrics.ended("length" if choice.finish == "length" else "stop", self._arrived)
-                self._measure(choice, first - choice.began, prefill, now - first)
-            self._news.put_nowait(choice)
-            if choice.finish is not None:
-                return
+                return self._measure(choice, first - choice.began, prefill, now - first)
         raise EngineError("The engine has lost this request: send it again.")
 
     def _measure(self, choice: Choice, first_token: float, prefill: float, decode: float) -> None:
