@@ -16,7 +16,7 @@ from miniserve.api.fields import RequestBody
 from miniserve.api.service import Service
 from miniserve.api.streaming import EventStream, json_answer
 from miniserve.cluster.launch import StartupError
-from miniserve.config import ConfigError, Role, tables
+from miniserve.config import ConfigError, Role, problem, tables
 from miniserve.monitor.events import Feed
 from miniserve.monitor.metrics import CONTENT_TYPE
 from miniserve.monitor.views import MOST_LISTED, conversation_detail, conversation_list, worker_list
@@ -54,8 +54,7 @@ class Views:
         """One of them: what was observed of its last turns, and where their time went."""
         found = conversation_detail(self._client.scheduler, self._service.doctor.misses, conversation, time.monotonic())
         if found is None:
-            problem = f"No conversation {conversation[:128]!r} is known (any more): see GET /conversations."
-            raise ApiError(404, problem, code="conversation_not_found")
+            raise ApiError(404, problem("api.no_conversation", key=conversation[:128]), code="conversation_not_found")
         return json_answer(found)
 
     async def workers(self) -> Response:

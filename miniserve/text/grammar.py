@@ -17,7 +17,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 from llguidance.gbnf_to_lark import gbnf_to_lark
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
-from miniserve.config import tables
+from miniserve.config import problem, tables
 from miniserve.sampling_params import Grammar, ParameterError
 from miniserve.text.messages import levels
 from miniserve.text.schemas import held
@@ -54,8 +54,7 @@ def lark_grammar(text: str) -> Grammar:
     try:
         return Grammar("lark", text if _LARK.search(text) else gbnf_to_lark(text))
     except Exception as error:  # whatever the library's converter runs into
-        said = f"`structured_outputs.grammar` is neither Lark nor GBNF: {error}."
-        raise ParameterError("structured_outputs", said) from error
+        raise ParameterError("structured_outputs", problem("text.no_grammar", error=error)) from error
 
 
 def quoted(text: str) -> str:
