@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import KW_ONLY, dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from miniserve.cluster.messages import FinishReason, Keep, Prefill, Run, TokenLogprob
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from miniserve.worker.grammar import Matcher
 
 
-class State(Enum):
+class State(StrEnum):
     """Where a sequence stands on its worker."""
 
     COMPILING = "compiling"
@@ -39,8 +39,6 @@ class State(Enum):
     """It was prefilled for another worker, which may still copy the pages."""
     FINISHED = "finished"
     """It is over, and its pages are given back."""
-
-    __hash__ = object.__hash__  # Enum's own is Python code, run at each look into a table.
 
 
 TRANSITIONS = transitions(State, tables("states.toml")["sequence"])
