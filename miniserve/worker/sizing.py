@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -183,7 +184,7 @@ def memory_available() -> int:
     """Bytes this machine, or the container's limit, has left for new processes. What a container counts as used
     includes files that lie in memory unchanged, as weights just downloaded do; those give way."""
     found = []
-    try:
+    with suppress(OSError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
@@ -191,8 +192,6 @@ def memory_available() -> int:
             stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
             files = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
             found.append(int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()) + files)
-    except OSError:
-        pass
     return min(found) if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
