@@ -89,13 +89,10 @@ def number(kind: Callable[[str], Number], ok: Callable[[Number], bool], what: st
     """A parser of numbers of a `kind` that are `ok`; `what` says which these are."""
 
     def parse(text: str) -> Number:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not ok(value):
-            raise ConfigError(f"{text!r} is not {what}")
-        return value
+        with contextlib.suppress(ValueError):
+            if ok(value := kind(text)):
+                return value
+        raise ConfigError(f"{text!r} is not {what}")
 
     return parse
 
