@@ -158,18 +158,15 @@ class Worker:
 
     def _start(self, run: messages.Run) -> None:
         """Queue a turn. The frontend has checked it; what slipped through ends this turn and nothing else."""
-        limit, vocab = self.engine.max_model_len, self.vocab_size
-        error = ""
-        if not 0 < len(run.tokens) < limit or not 0 <= min(run.tokens) <= max(run.tokens) < vocab:
-            error = f"{len(run.tokens)} tokens do not fit {limit}, or are outside the vocabulary of {vocab}."
+        limit, vocab, count = self.engine.max_model_len, self.vocab_size, len(run.tokens)
         try:
             run.params.validate(vocab)
-        except ParameterError as wrong:
-            error = wrong.message
-        if error:
-            self._outputs.append(messages.Failed(run.turn, run.prior, error))
-            return
-        self.engine.add(Sequence.of(run, self.layout))
+            if not 0 < count < limit or not 0 <= min(run.tokens) <= max(run.tokens) < vocab:
+                what = f"{count} tokens do not fit {limit}, or are outside the vocabulary of {vocab}."
+                raise ParameterError("prompt", what)
+            self.engine.add(Sequence.of(run, self.layout))
+        except ParameterError as error:
+            self._outputs.append(messages.Failed(run.turn, run.prior, error.message))
 
     def _report(self, now: float) -> None:
         moves, self.handoffs.receiver.moves = self.handoffs.receiver.moves, []
