@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,10 @@ def snapshot(hub_id: str, revision: str | None, dummy: bool, progress: Progress)
     from huggingface_hub import snapshot_download
 
     patterns = [*TEXT_FILES] if dummy else [*TEXT_FILES, "*.safetensors"]
-    try:
+    with suppress(hub.LocalEntryNotFoundError, ConfigError):  # nothing or only a part of it is here
         cached = Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, local_files_only=True))
         check_folder(cached, dummy)
         return cached
-    except (hub.LocalEntryNotFoundError, ConfigError):
-        pass  # nothing or only a part of it is here
     progress(f"Downloading {hub_id} from the Hugging Face hub")
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
