@@ -72,7 +72,7 @@ class Compiler:
         self._failure = ""
         ends = sorted(i for i in tokenizer.eos_token_ids if i < self.vocab_size)
         try:
-            self._vocabulary = LLTokenizer(tokenizer.to_json(), n_vocab=self.vocab_size, eos_token=ends or None)
+            self._vocabulary = LLTokenizer(tokenizer.backend.to_str(), n_vocab=self.vocab_size, eos_token=ends or None)
         except Exception as error:  # the library raises nothing more precise
             self._failure = f"llguidance does not understand this model's tokenizer: {error}."
         self._cache: OrderedDict[Grammar, LLMatcher] = OrderedDict()

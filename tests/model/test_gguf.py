@@ -217,7 +217,7 @@ def test_a_sentencepiece_vocabulary_becomes_a_tokenizer(tiny_folder: Path, tmp_p
     }
     found = Tokenizer.load(resolve(str(write_gguf(tiny_folder, tmp_path / "m.gguf", **meta))).folder)
     ids = found.encode("hello the 1", add_special_tokens=False)
-    assert [found._backend.id_to_token(token) for token in ids] == ["\u2581hello", "\u2581the", "\u2581", "<0x31>"]
+    assert [found.backend.id_to_token(token) for token in ids] == ["\u2581hello", "\u2581the", "\u2581", "<0x31>"]
     assert found.decode(ids) == "hello the 1"
     assert found.encode("hello")[0] == 1
     assert found.eos_token_ids == {2}
