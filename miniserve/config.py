@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 import tomllib
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -22,8 +23,8 @@ LFS_POINTER = b"version https://git-lfs"
 """How a file begins that stands for a large one in a clone without Git LFS."""
 
 
-class ConfigError(ValueError):
-    """A setting or a file that cannot work; the message says how to fix it."""
+class ConfigError(ValueError, ArgumentTypeError):
+    """A setting or a file that cannot work; the message says how to fix it. argparse shows it as it is."""
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -88,13 +89,10 @@ def number(kind: Callable[[str], Number], ok: Callable[[Number], bool], what: st
     """A parser of numbers of a `kind` that are `ok`; `what` says which these are."""
 
     def parse(text: str) -> Number:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not ok(value):
-            raise ConfigError(f"{text!r} is not {what}")
-        return value
+        with contextlib.suppress(ValueError):
+            if ok(value := kind(text)):
+                return value
+        raise ConfigError(f"{text!r} is not {what}")
 
     return parse
 

@@ -55,7 +55,7 @@ class RequestOutput(msgspec.Struct):
 class LLM:
     """A model ready to generate, with the same engine that worker processes run. `model` is a folder, an alias like
     `smollm2-135m`, or a hub id; the other arguments are those of `EngineConfig` (dtype, kv_cache_memory, ...), values
-    or written as on the command line ("32k", "2GiB"). Raises `ModelError` or `ConfigError`."""
+    or written as on the command line ("32k", "2GiB"). Raises `ConfigError`."""
 
     def __init__(
         self,

@@ -24,7 +24,7 @@ from miniserve.bench.replay.generators import WorkloadConfig
 from miniserve.bench.simulate.cluster import SimulationConfig
 from miniserve.bench.simulate.hardware import load_roles
 from miniserve.cli.evaluate import counting
-from miniserve.cli.flags import VALUES, Parser, add_flags, checked, filled
+from miniserve.cli.flags import VALUES, Parser, add_flags, filled
 from miniserve.config import ConfigError, Topology, parse_seconds, tables
 from miniserve.scheduler.baselines import POLICIES
 from scripts.figures.tables import markdown, print_tables
@@ -204,7 +204,7 @@ def _span(text: str) -> tuple[float, float]:
 
 
 def listed(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    return checked(lambda text: [parse(part) for part in text.split(",")])
+    return lambda text: [parse(part) for part in text.split(",")]
 
 
 FLAGS: dict[str, Any] = {
@@ -236,7 +236,7 @@ FLAGS: dict[str, Any] = {
         "help": "more flags for `miniserve serve`",
     },
     "--window": {
-        "type": checked(_span),
+        "type": _span,
         "metavar": "START..END",
         "help": "draw what workers did in these seconds, simulated, at the highest rate; with --out",
     },

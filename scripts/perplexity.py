@@ -62,7 +62,7 @@ def windows(count: int, size: int, stride: int) -> list[tuple[int, int, int]]:
 
 
 def score(spec: str, text: str, size: int, stride: int, batched_tokens: int | None) -> Scores:
-    """Compute the text in windows of `size` tokens. Raises `ModelError` or `ConfigError`."""
+    """Compute the text in windows of `size` tokens. Raises `ConfigError`."""
     name, _, form = spec.rpartition(":")
     if form not in SIZES and form not in DTYPES:
         name, form = spec, ""

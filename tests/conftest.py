@@ -122,7 +122,7 @@ def hermes(tokenizers: dict[str, Tokenizer]) -> Tokenizer:
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
     """The default model from the user's own cache, fetched there if need be; skips where that cannot be done."""
-    from miniserve.hub.check import ModelError
+    from miniserve.config import ConfigError
     from miniserve.hub.resolve import resolve
 
     with pytest.MonkeyPatch.context() as patch:
@@ -132,7 +132,7 @@ def smollm2_folder() -> Path:
             patch.setenv("MINISERVE_CACHE", USERS_CACHE)
         try:
             return resolve("smollm2-135m").folder
-        except ModelError as error:
+        except ConfigError as error:
             pytest.skip(f"needs the default model: {error}")
 
 

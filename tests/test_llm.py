@@ -12,7 +12,6 @@ import pytest
 from miniserve.api.generation import Choice
 from miniserve.cluster.messages import Ended, TokenLogprob, Tokens, TurnOutput
 from miniserve.config import ConfigError
-from miniserve.hub.check import ModelError
 from miniserve.llm import LLM, CompletionOutput, RequestOutput, _take
 from miniserve.sampling_params import ParameterError, SamplingParams
 from miniserve.text.detokenizer import IncrementalDetokenizer
@@ -264,5 +263,5 @@ def test_what_is_no_setting_is_told_before_a_model_is_looked_for(settings: dict[
 
 
 def test_a_model_that_is_not_there() -> None:
-    with pytest.raises(ModelError, match="There is no model 'no-such-model'"):
+    with pytest.raises(ConfigError, match="There is no model 'no-such-model'"):
         LLM("no-such-model")

@@ -16,7 +16,7 @@ from miniserve.api.fields import RequestBody
 from miniserve.api.service import Service
 from miniserve.api.streaming import EventStream, json_answer
 from miniserve.cluster.launch import StartupError
-from miniserve.config import ConfigError, Role, tables
+from miniserve.config import ConfigError, Role, problem, tables
 from miniserve.monitor.events import Feed
 from miniserve.monitor.metrics import CONTENT_TYPE
 from miniserve.monitor.views import MOST_LISTED, conversation_detail, conversation_list, worker_list
@@ -54,8 +54,7 @@ class Views:
         """One of them: what was observed of its last turns, and where their time went."""
         found = conversation_detail(self._client.scheduler, self._service.doctor.misses, conversation, time.monotonic())
         if found is None:
-            problem = f"No conversation {conversation[:128]!r} is known (any more): see GET /conversations."
-            raise ApiError(404, problem, code="conversation_not_found")
+            raise ApiError(404, problem("api.no_conversation", key=conversation[:128]), code="conversation_not_found")
         return json_answer(found)
 
     async def workers(self) -> Response:
@@ -95,15 +94,14 @@ class Views:
     async def events(self) -> Response:
         """What happens, as server-sent events: decisions and outcomes when they are made, once a second workers and
         turns. A client that does not keep up loses the oldest events, and an event says how many."""
-        return EventStream(_live_events(self._feed))
+
+        async def live() -> AsyncGenerator[bytes, None]:
+            with self._feed.listener() as listener:
+                while events := await listener.take():
+                    yield b"".join(events)
+
+        return EventStream(live())
 
     async def metrics(self) -> Response:
         """Prometheus metrics."""
         return Response(self._service.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
-
-
-async def _live_events(feed: Feed) -> AsyncGenerator[bytes, None]:
-    """The events of `feed` until the server ends. Raises `TooManyListeners`."""
-    with feed.listener() as listener:
-        while events := await listener.take():
-            yield b"".join(events)

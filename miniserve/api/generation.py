@@ -79,13 +79,10 @@ class Choice:
         self.output_tokens += count
         self.tokens += out.tokens[:count]
         self._logprobs += (out.logprobs or [])[:count]
-        if self._reader is not None:
-            self._read(self._reader, text, out.tokens[:count])
-        elif text:
-            self.parts.append(text)
-
-    def _read(self, reader: Reader, text: str, tokens: list[int]) -> None:
-        thinking = reader.thinking
+        if (reader := self._reader) is None:
+            self.parts += [text] if text else []
+            return
+        thinking, tokens = reader.thinking, out.tokens[:count]
         self.parts += reader.read(text, final=self._words.finish is not None)
         if thinking and reader.has_thought:
             last = reader.ends if not reader.thinking else None
@@ -166,41 +163,36 @@ class Generation(AbstractAsyncContextManager):
         self._tasks.append(asyncio.create_task(self._follow(choice, choice.turn, siblings)))
 
     async def _follow(self, choice: Choice, turn: TurnStream, siblings: list[Choice]) -> None:
+        first = before = None
         try:
-            await self._read(choice, turn, siblings)
+            async for output in turn:
+                out = given(output)
+                had = choice.output_tokens
+                choice.feed(out)
+                now = time.perf_counter()
+                if first is None or before is None:
+                    first, prefill = now, out.prefill if isinstance(out, FirstToken) else 0.0
+                    self._metrics.first_token(now - self._arrived, len(choice.prompt))
+                    self._begun(choice)
+                    for sibling in siblings:
+                        sibling.prompt_logprobs = choice.prompt_logprobs
+                        self._begin(sibling, [])
+                elif had and out.tokens:
+                    self._metrics.observe(inter_token_latency_seconds=now - before)
+                self._metrics.generated.inc(len(out.tokens))
+                before = now
+                self._news.put_nowait(choice)
+                if choice.finish is not None:
+                    if not isinstance(out, Ended):  # by a stop string or a last call, which the engine does not know
+                        turn.cancel()
+                    self._metrics.ended("length" if choice.finish == "length" else "stop", self._arrived)
+                    return self._measure(choice, first - choice.began, prefill, now - first)
+            raise EngineError("The engine has lost this request: send it again.")
         except Exception as error:
             self._metrics.ended("error", self._arrived)
             turn.cancel()
             choice.turn = None
             self._news.put_nowait(error)
-
-    async def _read(self, choice: Choice, turn: TurnStream, siblings: list[Choice]) -> None:
-        first = before = None
-        async for output in turn:
-            out = given(output)
-            had = choice.output_tokens
-            choice.feed(out)
-            now = time.perf_counter()
-            if first is None or before is None:
-                first, prefill = now, out.prefill if isinstance(out, FirstToken) else 0.0
-                self._metrics.first_token(now - self._arrived, len(choice.prompt))
-                self._begun(choice)
-                for sibling in siblings:
-                    sibling.prompt_logprobs = choice.prompt_logprobs
-                    self._begin(sibling, [])
-            elif had and out.tokens:
-                self._metrics.observe(inter_token_latency_seconds=now - before)
-            self._metrics.generated(len(out.tokens))
-            before = now
-            if choice.finish is not None:
-                if not isinstance(out, Ended):  # by a stop string or a last call, which the engine does not know
-                    turn.cancel()
-                self._metrics.ended("length" if choice.finish == "length" else "stop", self._arrived)
-                self._measure(choice, first - choice.began, prefill, now - first)
-            self._news.put_nowait(choice)
-            if choice.finish is not None:
-                return
-        raise EngineError("The engine has lost this request: send it again.")
 
     def _measure(self, choice: Choice, first_token: float, prefill: float, decode: float) -> None:
         """`choice` has ended: its first token came after `first_token` seconds, with `prefill` of them spent on it."""

@@ -37,7 +37,9 @@ def speaker(headers: Mapping[str, str], body: GenerationRequest, own_headers: Se
     those of clients. Raises `ApiError` for a key that is too long."""
     tools = bool(body.tool_names)
     agent = headers.get("user-agent", "").lower()
-    name, row = next((n, row) for n, row in CLIENTS.items() if n == "any" or _is(row, headers, agent))
+    # The last one is any client: whatever an agent is called begins with nothing.
+    name = next(n for n, c in CLIENTS.items() if agent.startswith(c.user_agent) or {*headers} & {*c.known_by})
+    row = CLIENTS[name]
     key = _first(headers, [*own_headers, OWN_HEADER, *row.session, *CLIENTS["any"].session])
     session, parent = bool(key), _first(headers, [row.parent])
     if key and row.agent:  # the agents of a session; the one that has no id is the session's own
@@ -56,11 +58,6 @@ def speaker(headers: Mapping[str, str], body: GenerationRequest, own_headers: Se
         osl=hints.osl if hints else None,
     )
     return key or body.prompt_cache_key or "", said
-
-
-def _is(row: Client, headers: Mapping[str, str], agent: str) -> bool:
-    named = row.user_agent != "" and agent.startswith(row.user_agent)
-    return named or any(header in headers for header in row.known_by)
 
 
 def _first(headers: Mapping[str, str], names: Sequence[str]) -> str:

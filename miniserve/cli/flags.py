@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**how)
         self.register("action", "switch", argparse.BooleanOptionalAction)
         for name, parse in VALUES.items():
-            self.register("type", name, checked(parse))
+            self.register("type", name, parse)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         given = sys.argv[1:] if args is None else list(args)
@@ -49,18 +49,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-def checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`parse` as argparse wants it: the message of its `ConfigError` is shown as it is."""
-
-    def check(text: str) -> Any:
-        try:
-            return parse(text)
-        except ConfigError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return check
 
 
 VALUES: dict[str, Callable[[str], Any]] = {
@@ -140,7 +128,7 @@ def add_settings(
                 how["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
             else:
                 named = get_args(kind) if get_origin(kind) is Literal else choices.get(name)
-                how |= {"type": checked(parse), "choices": named, "metavar": flag.get("metavar")}
+                how |= {"type": parse, "choices": named, "metavar": flag.get("metavar")}
                 how |= {"nargs": "+", "action": "extend"} if flag.get("many") else {}
             group.add_argument(*flag.get("names", ["--" + name.replace("_", "-")]), **how)
 

@@ -1,7 +1,5 @@
 """The commands and their dispatch. Flags are vLLM's wherever vLLM has one; help imports nothing heavy."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys
@@ -83,7 +81,7 @@ def asked(args: Namespace) -> ServeConfig:
     return filled(ServeConfig, args, **made)
 
 
-def found(config: ServeConfig) -> ModelFiles:
+def found(config: ServeConfig) -> "ModelFiles":
     """The model's files. Raises `ConfigError`."""
     from miniserve.hub.resolve import resolve
 

@@ -9,9 +9,9 @@ import socket
 import time
 from pathlib import Path
 
-import uvicorn
 import uvloop
 from starlette.types import ASGIApp
+from uvicorn import Config, Server
 
 from miniserve.api.race import Stopped, unless
 from miniserve.cli.banner import LoadingLines, banner, say
@@ -94,12 +94,6 @@ def heed(first: asyncio.Event, second: asyncio.Event) -> None:
         asyncio.get_running_loop().add_signal_handler(number, lambda: (second if first.is_set() else first).set())
 
 
-class HttpServer(uvicorn.Server):
-    """uvicorn, which leaves signals to us."""
-
-    capture_signals = contextlib.nullcontext  # type: ignore[assignment]
-
-
 async def _serve(config: ServeConfig, files: ModelFiles, listeners: list[socket.socket]) -> int:
     drain, stop = asyncio.Event(), asyncio.Event()
     heed(drain, stop)
@@ -160,16 +154,18 @@ def http_app(config: ServeConfig, files: ModelFiles, client: Dispatcher, feed: F
     return create_app(Service(config, client, tokenizer, defaults, Compiler(tokenizer)), feed)
 
 
-def _http_server(config: ServeConfig, files: ModelFiles, client: Dispatcher, feed: Feed) -> HttpServer:
+def _http_server(config: ServeConfig, files: ModelFiles, client: Dispatcher, feed: Feed) -> Server:
     """The server, made while the workers load: imports alone take half a second. Raises as `http_app`."""
     from miniserve.api.middleware import Connection
 
     app = http_app(config, files, client, feed)
     level, shown = config.log_level, config.log_level in ("debug", "info")
-    return HttpServer(uvicorn.Config(app, http=Connection, log_level=level, access_log=shown, lifespan="off"))
+    server = Server(Config(app, http=Connection, log_level=level, access_log=shown, lifespan="off"))
+    server.capture_signals = contextlib.nullcontext  # type: ignore[assignment]  # it leaves signals to us
+    return server
 
 
-async def _drain(config: ServeConfig, client: Dispatcher, feed: Feed, http: HttpServer, stop: asyncio.Event) -> None:
+async def _drain(config: ServeConfig, client: Dispatcher, feed: Feed, http: Server, stop: asyncio.Event) -> None:
     """Let running requests end, for a while, or until `stop`."""
     client.drain()
     if len(client.scheduler.turns):
@@ -188,7 +184,7 @@ async def _drain(config: ServeConfig, client: Dispatcher, feed: Feed, http: Http
             say(f"Ending {len(client.scheduler.turns)} requests that still run.")
 
 
-async def _flushed(http: HttpServer) -> None:
+async def _flushed(http: Server) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(FLUSH_SECONDS):
             while http.server_state.tasks:

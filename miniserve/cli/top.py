@@ -62,8 +62,7 @@ def _watch(client: ApiClient, interval: float, live: Live) -> None:
 
 def _ask(client: ApiClient, rows: int) -> Snapshot:
     """A snapshot with the `rows` latest conversations."""
-    latest = f"/../conversations?limit={rows}"  # beside /v1, not in it
-    return Snapshot(client.get("/workers"), client.get(latest))
+    return Snapshot(client.get("/workers"), client.get(f"/../conversations?limit={rows}"))  # beside /v1, not in it
 
 
 def doctor(args: Namespace) -> int:

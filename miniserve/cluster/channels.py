@@ -123,15 +123,14 @@ class Inbox:
         if timeout_ms and not self.socket.poll(timeout_ms):
             return []
         messages: list[Envelope] = []
-        while True:
-            try:
+        with contextlib.suppress(zmq.Again):
+            while True:
                 data = self.socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return messages
-            try:
-                messages.append(decode(data))
-            except msgspec.MsgspecError as error:
-                log.error("dropped a message that is none of ours: %s", error)
+                try:
+                    messages.append(decode(data))
+                except msgspec.MsgspecError as error:
+                    log.error("dropped a message that is none of ours: %s", error)
+        return messages
 
     def close(self) -> None:
         self.socket.close(0)

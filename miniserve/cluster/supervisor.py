@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 
 import msgspec
 import zmq
@@ -21,23 +22,23 @@ WATCH_START_SECONDS = 0.1
 """Between two looks at the processes, later and while a person waits for the first start."""
 
 
+@dataclass(eq=False)
 class Supervisor:
     """Owns the workers that `launcher` starts, the run's directory and the sockets, on an event loop it never blocks.
     The owner is called back: `up` when a worker serves (at the first start when all do), `report` with what it reports
-    from then on, `down` when it has ended, even while it loads, and whether it returns; `loading` at first."""
+    from then on, `down` when it has ended, even while it loads, and whether it returns; `loading` at first.
+    `engines`: each worker's settings by its name, in order. Those silent for `timeout` seconds start again."""
 
-    def __init__(
-        self,
-        engines: dict[str, EngineConfig],
-        timeout: float,
-        launcher: Launcher,
-        *,
-        up: Callable[[Peer], None],
-        down: Callable[[str, bool], None],
-        report: Callable[[str, Report], None],
-        loading: Callable[[str, Loading], None],
-    ) -> None:
-        """`engines`: each worker's settings by its name, in order. Those silent for `timeout` seconds start again."""
+    engines: dict[str, EngineConfig]
+    timeout: float
+    launcher: Launcher
+    _: KW_ONLY
+    up: Callable[[Peer], None]
+    down: Callable[[str, bool], None]
+    report: Callable[[str, Report], None]
+    loading: Callable[[str, Loading], None]
+
+    def __post_init__(self) -> None:
         self.processes: dict[str, Started] = {}
         """The latest incarnation of each worker, dead or alive."""
         self.ready: dict[str, Ready] = {}
@@ -47,10 +48,7 @@ class Supervisor:
         self._explained: set[str] = set()
         """Workers whose present incarnation has said, or was found to have, a reason to end."""
         self.run_dir: RunDir | None = None
-        self.engines = engines
-        self._launcher, self._keys = launcher, Keys.make()
-        self._up, self._down, self._report, self._loading = up, down, report, loading
-        self._health = Health(timeout)
+        self._keys, self._health = Keys.make(), Health(self.timeout)
         self._restarts: dict[str, float | None] = {}
         """Workers that are dead, and when each will be started again; None: no more."""
         self._started = False
@@ -61,7 +59,7 @@ class Supervisor:
     async def start(self) -> None:
         """Spawn the workers and wait, however long, until all are ready. Raises `StartupError`; then nothing runs."""
         try:
-            self.engines = await asyncio.to_thread(self._launcher.prepare, self.engines)
+            self.engines = await asyncio.to_thread(self.launcher.prepare, self.engines)
             self._spawn()
             while len(self.ready) < len(self.processes):
                 await self._changed.wait()
@@ -78,10 +76,10 @@ class Supervisor:
 
     def _spawn(self) -> None:
         try:
-            self.run_dir = RunDir(self._launcher.base)
+            self.run_dir = RunDir(self.launcher.base)
             self._context = zmq.Context()
             self._outboxes = Outboxes(self._context, "frontend", 0, self._keys)
-            self._inbox = Inbox(self._context, self.run_dir.address("frontend"), self._keys, self._launcher.address)
+            self._inbox = Inbox(self._context, self.run_dir.address("frontend"), self._keys, self.launcher.address)
         except (OSError, zmq.ZMQError) as error:
             raise StartupError(f"No place for sockets: {error}") from error
         self._watching = asyncio.create_task(self._watch())
@@ -96,15 +94,15 @@ class Supervisor:
             # It was there before, and what is free now is what it and the others have left: the pool it had is right.
             engine = msgspec.structs.replace(engine, kv_cache_memory=ready.pool.num_pages * ready.pool.page_bytes)
         inboxes = self.run_dir.address(f"{name}.{epoch}"), self.run_dir.address("frontend")
-        spec = WorkerSpec(name, epoch, str(self.run_dir.path), *inboxes, engine, self._keys, self._launcher.host)
-        self.processes[name] = self._launcher.start(spec, self._inbox.far)
+        spec = WorkerSpec(name, epoch, str(self.run_dir.path), *inboxes, engine, self._keys, self.launcher.host)
+        self.processes[name] = self.launcher.start(spec, self._inbox.far)
         self._health.started(name, time.monotonic())
 
     async def add(self, name: str, engine: EngineConfig) -> None:
         """Start one more worker, and wait until it serves. Raises `StartupError`; then it is not there."""
         self.engines[name] = engine  # at once: its device is not for another one
         try:
-            self.engines |= await asyncio.to_thread(self._launcher.prepare, {name: engine})
+            self.engines |= await asyncio.to_thread(self.launcher.prepare, {name: engine})
         except BaseException:
             del self.engines[name]
             raise
@@ -127,14 +125,14 @@ class Supervisor:
         self._health.forget(name)
         await asyncio.to_thread(process.stop, 2.0)
         self._outboxes.forget(address)
-        self._launcher.release(name)
+        self.launcher.release(name)
         self.engines.pop(name, None)  # not before: its device is free now
 
     def _admit(self, name: str) -> None:
         """A worker is up: the owner makes it known to the others."""
         spec, ready = self.processes[name].spec, self.ready[name]
         self.failed.pop(name, None)
-        self._up(Peer(name, spec.epoch, spec.address, ready.pool, spec.engine.role, ready.far))
+        self.up(Peer(name, spec.epoch, spec.address, ready.pool, spec.engine.role, ready.far))
 
     async def stop(self) -> None:
         """Tell the workers to leave, end those that do not, remove the run's directory. Safe at any time, and twice."""
@@ -150,7 +148,7 @@ class Supervisor:
         if self.run_dir is not None:
             self._outboxes.close()
             self._context.destroy(linger=0)
-            await asyncio.to_thread(self._launcher.close)
+            await asyncio.to_thread(self.launcher.close)
             self.run_dir.remove()
             self.run_dir = None
 
@@ -162,7 +160,7 @@ class Supervisor:
     def _address(self, name: str) -> str:
         """The inbox of a worker, as it is reached from here."""
         ready = self.ready.get(name)
-        if ready is None or ready.pool.host == self._launcher.host:
+        if ready is None or ready.pool.host == self.launcher.host:
             return self.processes[name].spec.address
         return ready.far
 
@@ -184,11 +182,11 @@ class Supervisor:
             case Report() as report:
                 self._health.heard(name, now)
                 if self._started:
-                    self._report(name, report)
+                    self.report(name, report)
             case Loading() as loading:
                 self._health.heard(name, now)
                 if not self._started:  # no progress is shown when a worker starts again
-                    self._loading(name, loading)
+                    self.loading(name, loading)
             case Ready() as ready:
                 self._health.ready(name, now)
                 self.ready[name] = ready
@@ -251,7 +249,7 @@ class Supervisor:
             if self._started:  # else it is what the command ends with
                 log.error("worker %s is gone, %s: %s", name, what, self.failed[name])
             self._outboxes.forget(self._address(name))
-            self._down(name, delay is not None)
+            self.down(name, delay is not None)
 
     def _replace(self, now: float) -> None:
         for name, at in list(self._restarts.items()):

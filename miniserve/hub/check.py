@@ -30,10 +30,6 @@ TABLES = tables("hub/check.toml")
 MATHS = re.compile(TABLES["maths"])
 
 
-class ModelError(ConfigError):
-    """A model that cannot be served; the message says why and what to do."""
-
-
 @dataclass
 class Checked:
     """A folder that can be served. `config` is config.json, with `architectures` and `dtype` filled in; `weights` are
@@ -52,19 +48,17 @@ class Checked:
 
 
 def check_folder(folder: Path, dummy: bool) -> Checked:
-    """What the folder holds. Raises `ModelError`, in one line, if miniserve cannot serve it."""
+    """What the folder holds. Raises `ConfigError`, in one line, if miniserve cannot serve it."""
     try:
         if not (folder / "config.json").is_file():
-            raise ModelError(_instead(folder, "config.json"))
+            raise ConfigError(_instead(folder, "config.json"))
         found = Checked(text_model(read_object(folder / "config.json")))
         _check_config(folder, found)
         if not dummy:
             _check_weights(folder, found)
         return found
     except OSError as error:
-        raise ModelError(f"{error.filename or folder} cannot be read: {error.strerror or error}.") from error
-    except ConfigError as error:
-        raise ModelError(str(error)) from error
+        raise ConfigError(f"{error.filename or folder} cannot be read: {error.strerror or error}.") from error
 
 
 def generation_defaults(folder: Path, source: str) -> dict[str, Any]:
@@ -79,24 +73,24 @@ def _check_config(folder: Path, found: Checked) -> None:
     config, notes = found.config, found.notes
     named, kind = config.get("architectures") or [], config.get("model_type")
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-        raise ModelError(f"{folder}/config.json: `architectures` must be a list of names, not {named!r:.60}.")
+        raise ConfigError(f"{folder}/config.json: `architectures` must be a list of names, not {named!r:.60}.")
     by_type = ARCHITECTURES.get(str(kind))
     arch = str(TEXT_MODELS.get(named[0], named[0]) if named else by_type or f"model of type {kind!r}")
     # A model that also names remote code (`auto_map`) is served by our own model or not at all.
     if arch not in ARCHITECTURES.values():
         about = " (it makes embeddings, not text)" if (folder / "modules.json").is_file() else ""
         served = ", ".join(name.removesuffix("ForCausalLM") for name in FAMILIES)
-        raise ModelError(f"{folder} is a {arch}{about}; miniserve serves {served} (ForCausalLM).")
+        raise ConfigError(f"{folder} is a {arch}{about}; miniserve serves {served} (ForCausalLM).")
     if by_type != arch and kind is not None:
         if by_type is None:
-            raise ModelError(f"{folder}/config.json contradicts itself: the architecture is {arch}, the type {kind!r}.")
+            raise ConfigError(problem("hub.contradiction", folder=folder, arch=arch, kind=kind))
         notes.append(f"config.json has the architecture {arch} and the type {kind!r}: it is taken for a {by_type}.")
     arch = by_type or arch
     config["architectures"] = [arch, *named[1:]]
     for key in ("quantization", "compression_config"):
         if config.get(key):
             method = "MLX" if key == "quantization" else key
-            raise ModelError(problem("hub.quantized", folder=folder, method=method))
+            raise ConfigError(problem("hub.quantized", folder=folder, method=method))
     if said := config.get("quantization_config"):
         _check_packing(folder, said if isinstance(said, dict) else {}, found)
     for first, second in (("dtype", "torch_dtype"), ("rope_scaling", "rope_parameters")):
@@ -109,7 +103,7 @@ def _check_config(folder: Path, found: Checked) -> None:
 
 
 def _check_packing(folder: Path, said: dict[str, Any], found: Checked) -> None:
-    """Take from config.json's `quantization_config` how the weights are packed. Raises `ModelError`."""
+    """Take from config.json's `quantization_config` how the weights are packed. Raises `ConfigError`."""
     kind = found.method = str(said.get("quant_method") or "quantization_config")
     bits, symmetric, served = said.get("bits"), said.get("sym", True), False
     match found.method:
@@ -134,7 +128,7 @@ def _check_packing(folder: Path, said: dict[str, Any], found: Checked) -> None:
             served = bits in (4, 8, "fp8") and forms <= {*TABLES["forms"]} and not rounded
     if not served:
         method = f"{kind}, {bits} bits" if isinstance(bits, int) else kind
-        raise ModelError(problem("hub.quantized", folder=folder, method=method))
+        raise ConfigError(problem("hub.quantized", folder=folder, method=method))
     found.format = "FP8, dequantized" if bits == "fp8" else f"{bits}-bit ({found.method})"
     if bits == 4 or (bits == 8 and symmetric):
         found.bits = 5.0 if bits == 4 else 8.5, None
@@ -149,14 +143,14 @@ def _check_weights(folder: Path, found: Checked) -> None:
         return
     if not (folder / SINGLE).is_file():
         if not (folder / INDEX).is_file():
-            raise ModelError(_instead(folder, SINGLE))
+            raise ConfigError(_instead(folder, SINGLE))
         where = read_object(folder / INDEX).get("weight_map")
         if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
-            raise ModelError(f"{folder}/{INDEX} cannot be read: it has no `weight_map` of files.")
+            raise ConfigError(f"{folder}/{INDEX} cannot be read: it has no `weight_map` of files.")
         read = set(where.values())
         if missing := sorted(name for name in read if not (folder / name).is_file()):
             lost, begun = ", ".join(missing[:3]), _unfinished(folder)
-            raise ModelError(f"{folder} lacks {lost}, named in its index{begun}: download the model again.")
+            raise ConfigError(f"{folder} lacks {lost}, named in its index{begun}: download the model again.")
     found.weights = [folder / name for name in sorted(read)]
     strays = {path.name for path in folder.glob("*.safetensors*")} - read - ({INDEX} if read != {SINGLE} else set())
     strays |= {path.name for path in folder.glob("adapter_config.json")}
@@ -166,7 +160,7 @@ def _check_weights(folder: Path, found: Checked) -> None:
     for ending, method in TABLES["packed"].items():
         if not found.method and any(name.endswith(f".{ending}") for header in headers for name in header):
             method += f": it has tensors named *.{ending}"
-            raise ModelError(problem("hub.quantized", folder=folder, method=method))
+            raise ConfigError(problem("hub.quantized", folder=folder, method=method))
     dtype = next((dtypes[kind] for kind in headers[0].values() if kind in dtypes), None)
     said = found.config.get("dtype") or found.config.get("torch_dtype")
     if said != dtype and said is not None:
@@ -181,7 +175,7 @@ def _check_gguf(folder: Path, found: Checked) -> None:
     file, seen = found.weights[0].stat(), read_object(folder / GGUF_SEEN)
     now = {"size": file.st_size, "time": file.st_mtime_ns}
     if (seen or now) != now or file.st_size < max(offset + size for offset, size, *_ in index.values()):
-        raise ModelError(f"{found.weights[0].resolve()} has changed since it was indexed: start the server again.")
+        raise ConfigError(f"{found.weights[0].resolve()} has changed since it was indexed: start the server again.")
     matrices = {name: (kind, math.prod(shape)) for name, (_, _, kind, shape, _) in index.items() if len(shape) > 1}
     head = matrices.get("lm_head.weight", matrices["model.embed_tokens.weight"])
     layers = Counter[str]()
@@ -200,13 +194,13 @@ def _header(path: Path) -> dict[str, str]:
     """Name -> dtype of the tensors in a safetensors file, sorted by name."""
     with path.open("rb") as start:
         if start.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ModelError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` there.")
+            raise ConfigError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` there.")
     try:
         with safe_open(path, framework="np") as file:
             return {name: file.get_slice(name).get_dtype() for name in sorted(file.keys())}
     except SafetensorError as error:
         what = f"{path.stat().st_size} bytes that are no whole safetensors file{_unfinished(path.parent)}"
-        raise ModelError(f"{path} has {what} ({error}): download the model again.") from error
+        raise ConfigError(f"{path} has {what} ({error}): download the model again.") from error
 
 
 def _unfinished(folder: Path) -> str:

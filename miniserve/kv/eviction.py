@@ -57,7 +57,9 @@ class ExpectedNeed:
       conversation that was due at the moment of their release.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lru: bool = False) -> None:
+        """With `lru` pages of all conversations go in the order of their release, also those that others build on."""
+        self.lru = lru
         self._groups: dict[str, Group] = {}
         """None of them is empty."""
         self._aside = Group("", UNKNOWN, 0.0)
@@ -95,7 +97,7 @@ class ExpectedNeed:
         while self._groups:
             group = self._least_worth(now)
             page, end = next(iter(group.pages)), group.end
-            if not has_children(page):
+            if self.lru or not has_children(page):
                 return page, group.keep, end
             self.remove(page)
             self._move(page, self._aside, end)
@@ -124,7 +126,7 @@ class ExpectedNeed:
 
     def _name(self, keep: Keep) -> str:
         """The name of the group for pages released with `keep`. Nothing is expected of a conversation without a gap."""
-        return keep.conversation if keep.gap > 0 else ""
+        return keep.conversation if keep.gap > 0 and not self.lru else ""
 
     def _move(self, page: int, group: Group, end: float) -> None:
         group.pages[page] = end
@@ -159,18 +161,8 @@ class ExpectedNeed:
         return need(self._typical, self._typical.gap + elapsed) * self._typical.page_seconds
 
 
-class LeastRecentlyUsed(ExpectedNeed):
-    """Pages of all conversations go in the order of their release, also those that others build on: one group."""
-
-    def choose(self, now: float, has_children: Callable[[int], bool]) -> tuple[int, Keep, float]:
-        return super().choose(now, lambda page: False)
-
-    def _name(self, keep: Keep) -> str:
-        return ""
-
-
 def make_order(name: Literal["expected", "lru"]) -> ExpectedNeed:
-    return ExpectedNeed() if name == "expected" else LeastRecentlyUsed()
+    return ExpectedNeed(lru=name == "lru")
 
 
 def _average(keeps: list[Keep]) -> Keep:

@@ -18,11 +18,6 @@ def token_bytes(tokens: Sequence[int]) -> bytes:
     return tokens.tobytes() if isinstance(tokens, array) else struct.pack(f"{len(tokens)}i", *tokens)
 
 
-def extend_hash(parent: bytes, tokens: list[int]) -> bytes:
-    """The hash of a page that holds `tokens` (1 to a page full) after all tokens that `parent` stands for."""
-    return blake2b(parent + token_bytes(tokens), digest_size=HASH_BYTES).digest()
-
-
 def snapshot_names(digest: bytes, pages: int) -> list[bytes]:
     """Names of the `pages` that hold the recurrent state after all tokens that `digest` stands for."""
     return [digest + part.to_bytes(2) for part in range(pages)]

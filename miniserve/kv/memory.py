@@ -6,7 +6,6 @@ import weakref
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 
 from miniserve.cluster.messages import CudaHandle, PoolInfo
@@ -49,15 +48,6 @@ class SharedMemory:
         weakref.finalize(self, os.close, self.fd)
         os.ftruncate(self.fd, size)
         self.bytes = torch.frombuffer(mmap.mmap(self.fd, size), dtype=torch.uint8)
-
-    @staticmethod
-    def attach(pid: int, fd: int, size: int) -> np.ndarray:
-        """Memory that another process made, as read-only bytes `[size]`. Raises OSError if that process is gone."""
-        handle = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return np.frombuffer(mmap.mmap(handle, size, access=mmap.ACCESS_READ), dtype=np.uint8)
-        finally:
-            os.close(handle)
 
 
 class KVMemory:

@@ -19,18 +19,11 @@ class SwapSpace:
     a side stream: the next step waits for them on the GPU, the host does not wait. `tell` hears of each copy before it
     is made. Unverified on a GPU (docs/gpu.md)."""
 
-    def __init__(
-        self,
-        memory: KVMemory,
-        num_pages: int,
-        *,
-        clock: Callable[[], float] = time.perf_counter,
-        tell: Callable[[Copied], None] = lambda copied: None,
-    ) -> None:
+    def __init__(self, memory: KVMemory, num_pages: int, tell: Callable[[Copied], None] = lambda copied: None) -> None:
         self.num_pages = num_pages
         self._page_seconds = 0.0
         """A running average over both directions; 0 before the first."""
-        self._clock, self._tell = clock, tell
+        self._tell, self.clock = tell, time.perf_counter
         self._device = memory.pages
         self._side = SideStream(self._device.device) if memory.shared is None else None
         self._uncounted: deque[tuple[Fence, int]] = deque()
@@ -52,9 +45,9 @@ class SwapSpace:
         self._tell(Copied(what, sources, targets))
         pools = (self._device, self.pages) if what == "offload" else (self.pages, self._device)
         if self._side is None:
-            started = self._clock()
+            started = self.clock()
             copy_pages(pools[0], sources, pools[1], targets)
-            self._observe(self._clock() - started, len(sources))
+            self._observe(self.clock() - started, len(sources))
             return
         if what == "restore":  # after all that was launched on those pages before
             self._side.follow()

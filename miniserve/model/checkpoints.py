@@ -202,8 +202,7 @@ def checked(read: Read, folder: Path, name: str, shape: tuple[int, ...]) -> Weig
     try:
         weight = read(name, shape)
     except (ArithmeticError, IndexError, RuntimeError, TypeError) as error:
-        what = f"{name} in {folder} cannot be read ({' '.join(str(error).split())})"
-        raise ConfigError(f"{what}: the file is damaged, or of a kind that miniserve does not serve.") from error
+        raise ConfigError(problem("model.damaged", name=name, at=folder, why=" ".join(str(error).split()))) from error
     if tuple(weight.shape) != shape:
         raise ConfigError(problem("model.shape", name=name, folder=folder, found=tuple(weight.shape), shape=shape))
     for part in (weight.scales, weight.minimums) if isinstance(weight, Quantized) else ():

@@ -146,8 +146,7 @@ class ModelConfig:
         if heads % model.kv_heads or model.head_dim % 2:
             raise ConfigError(problem("model.heads", heads=heads, dim=model.head_dim, kv=model.kv_heads))
         if model.rotary_dim % 2 or not 0 < model.rotary_dim <= head_dim:
-            part = f"{rope.PARTIAL} {ropes[0].part} of heads of {head_dim} numbers"
-            raise ConfigError(f"config.json has {part}: so many must be even, and no more than all.")
+            raise ConfigError(problem("model.rotary", name=rope.PARTIAL, part=ropes[0].part, dim=head_dim))
         if family.scaled and (config.get("final_logit_softcapping") or config.get("attn_logit_softcapping")):
             raise ConfigError("config.json caps logits (softcapping), which miniserve does not.")
         if not model.kv_layers:

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from miniserve.config import ConfigError, problem
 from miniserve.model.checkpoints import Read
 from miniserve.model.config import ModelConfig
 from miniserve.model.shards import Shard
 from miniserve.ops import Ops
 from miniserve.ops.decoder import Head, Linear
-from miniserve.ops.quantized import GROUP, Quantized, Weight, dense
+from miniserve.ops.quantized import Quantized, Weight, dense
 
 
 @dataclass
@@ -94,12 +93,6 @@ class Loader:
         # A GPU computes with plain numbers.
         self.num_bytes += whole.nbytes if self.device.type == "cpu" else math.prod(whole.shape) * self.dtype.itemsize
         return self.ops.gated(whole, bias, gated) if gated else self.ops.linear(whole, bias)
-
-
-def check_groups(config: ModelConfig) -> None:
-    """Raises `ConfigError` where rows cannot be quantized."""
-    if wrong := [width for width in config.widths if width % GROUP]:
-        raise ConfigError(problem("model.rows", group=GROUP, widths=", ".join(map(str, wrong))))
 
 
 def random(config: ModelConfig, device: torch.device) -> Read:

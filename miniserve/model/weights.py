@@ -13,13 +13,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from miniserve.config import ConfigError, problem
 from miniserve.model.checkpoints import EMBEDDING, HEAD, GgufTensors, Safetensors, checked
 from miniserve.model.config import LayerConfig
-from miniserve.model.loader import Loader, check_groups, random
+from miniserve.model.loader import Loader, random
 from miniserve.model.shards import Shard
 from miniserve.ops import Ops
 from miniserve.ops.decoder import Attention, DeltaNet, Experts, Layer, Mlp, Weights
-from miniserve.ops.quantized import Quantized, Weight
+from miniserve.ops.quantized import GROUP, Quantized, Weight
 
 log = logging.getLogger("miniserve.model")
 
@@ -49,8 +50,8 @@ def load_weights(
     config.json says of quantized ones, `progress` gets the number of layers done and of all. Raises `ConfigError` when
     a tensor is missing or not as config.json says, or cannot be cut."""
     widened, bits = Counter[str](), QUANTIZATIONS.get(quantization or "")
-    if bits:
-        check_groups(shard.config)
+    if bits and (wrong := [width for width in shard.config.widths if width % GROUP]):
+        raise ConfigError(problem("model.rows", group=GROUP, widths=", ".join(map(str, wrong))))
     if not files:
         return _build(Loader(random(shard.whole, device), set(), shard, ops, dtype, device, bits, widened), progress)
     with ExitStack() as stack:

@@ -46,7 +46,7 @@ class Metrics(Collector):
             for name, row in TABLES["requests"].items()
         }
         self._prompt_tokens = self._own["vllm:prompt_tokens"].labels(model)
-        self._generated = self._own["vllm:generation_tokens"].labels(model)
+        self.generated = self._own["vllm:generation_tokens"].labels(model)
         self._endings = {reason: self._own["vllm:request_success"].labels(model, reason) for reason in FINISHES}
         dispatcher.watchers.append(self._stepped)
 
@@ -65,9 +65,6 @@ class Metrics(Collector):
         """A turn's prompt had changed, and `tokens` were computed again."""
         self._own["miniserve:prefix_misses"].labels(kind).inc()
         self._own["miniserve:prefix_missed_tokens"].labels(kind).inc(tokens)
-
-    def generated(self, tokens: int) -> None:
-        self._generated.inc(tokens)
 
     def ended(self, reason: TurnEnd, arrived: float) -> None:
         """A request that arrived at `arrived` (`time.perf_counter`) has ended."""

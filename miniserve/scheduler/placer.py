@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Set
+from functools import partial
 
 from miniserve.cluster.messages import Keep, Run
 from miniserve.sampling_params import SamplingParams
@@ -43,32 +44,26 @@ class Placer:
 
     def _place_queued(self, now: float, everywhere: bool = False) -> list[Command]:
         """Place turns that wait on changed workers, or `everywhere`: time makes more possible. Gives out commands."""
+        cluster, workers = self.cluster, self.cluster.workers.keys()
         if everywhere:
-            self.cluster.changed.update(self.cluster.workers)
+            cluster.changed.update(workers)
         if self._queue:
-            self._place_waiting(now)
+            self._ledger.give_up_late(now)
+            closed = self._try_suspect(now) | cluster.retired
+            cluster.changed |= self._closed - closed
+            self._closed = closed
+            self._queue.serve(partial(self._place, now), workers - closed if closed else workers, now)
         else:
-            self.cluster.changed.clear()
+            cluster.changed.clear()
         commands, self._commands = self._commands, []
         return commands
 
-    def _place_waiting(self, now: float) -> None:
-        cluster = self.cluster
-        self._ledger.give_up_late(now)
-        closed = self._try_suspect(now) | cluster.retired
-        cluster.changed |= self._closed - closed
-        self._closed = closed
-
-        def place(turn: Turn, open_workers: Set[str]) -> bool:
-            cluster.open = open_workers
-            need = self._need(turn, now)
-            placement = self.policy.place(need, cluster)
-            if placement is not None:
-                self._begin(turn, need, placement)
-            return placement is not None
-
-        workers = cluster.workers.keys()
-        self._queue.serve(place, workers - closed if closed else workers, now)
+    def _place(self, now: float, turn: Turn, open_workers: Set[str]) -> bool:
+        self.cluster.open = open_workers
+        need = self._need(turn, now)
+        if (placement := self.policy.place(need, self.cluster)) is not None:
+            self._begin(turn, need, placement)
+        return placement is not None
 
     def _try_suspect(self, now: float) -> set[str]:
         """Begin with the next suspected turn, unless one is being tried. Returns the workers that no other may take.

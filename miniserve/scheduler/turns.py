@@ -1,7 +1,7 @@
 """A turn from `submit` to its end: its state, its phases and their times, and the commands that get it served."""
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any, NamedTuple
 
 from miniserve.cluster.messages import Ended, FirstToken, Message, Tokens, TurnOutput
@@ -20,7 +20,7 @@ PROOF = 16
 be lost with a worker, so that it gets past the point where that one died. Twice as many after each further death."""
 
 
-class TurnState(Enum):
+class TurnState(StrEnum):
     QUEUED = "queued"
     """Waits for a placement: for its first one, or for another one when its run was lost."""
     PREFILL = "prefill"
@@ -28,8 +28,6 @@ class TurnState(Enum):
     DECODE = "decode"
     """Runs; its prompt is computed."""
     ENDED = "ended"
-
-    __hash__ = object.__hash__  # Enum's own is Python code, run at each look into a table.
 
 
 TRANSITIONS = transitions(TurnState, tables("states.toml")["turn"])

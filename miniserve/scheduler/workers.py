@@ -151,8 +151,6 @@ class Cluster:
         self.workers[worker.name] = worker
         self.snapshot_pages = worker.peer.pool.snapshot_pages
         (self.prefillers if worker.role is Role.PREFILLER else self.decoders).append(worker)
-        self._rankings.clear()
-        self._shortest = []
 
     def leave(self, name: str) -> None:
         self.retire(name)
@@ -162,10 +160,10 @@ class Cluster:
 
     def retire(self, name: str) -> None:
         """A worker lives, but nothing more is to be placed there."""
+        self._rankings.clear()
+        self._shortest = []
         if going := self.workers.get(name):
             self.retired.add(name)
-            self._rankings.clear()
-            self._shortest = []
             for those in (self.prefillers, self.decoders):
                 those[:] = [worker for worker in those if worker is not going]
 

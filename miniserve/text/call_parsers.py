@@ -75,14 +75,14 @@ class CallParser:
                 self.begun[-1] = self.begun[-1]._replace(end=at)
 
         while at == start or opened:
-            while (at := _past(SPACE, self._text, at)) == len(self._text):
+            while (at := past(SPACE, self._text, at)) == len(self._text):
                 note()
                 yield
             note()
             kind, end = self._text[at], at + 1
             if kind not in '{}[],:"':
                 kind, end = "0", at
-                while (end := _past(ATOM, self._text, end)) == len(self._text):
+                while (end := past(ATOM, self._text, end)) == len(self._text):
                     yield
                 if end == at:
                     return at
@@ -91,7 +91,7 @@ class CallParser:
             strict = strict and not wrong and (kind != "0" or sound(self._text[at:end]))
             if kind == '"':
                 at += 1
-                while not self._text.startswith('"', at := _past(SOUND if strict else ANY, self._text, at)):
+                while not self._text.startswith('"', at := past(SOUND if strict else ANY, self._text, at)):
                     rest = self._text[at : at + LONGEST_ESCAPE]
                     note()
                     if rest and strict and (rest[0] != "\\" or len(rest) == LONGEST_ESCAPE):
@@ -124,7 +124,7 @@ class CallParser:
         return at
 
 
-def _past(expression: re.Pattern[str], text: str, start: int) -> int:
+def past(expression: re.Pattern[str], text: str, start: int) -> int:
     """Where ends what an expression that matches nothing, too, matches at `start`."""
     passed = expression.match(text, start)
     assert passed is not None
@@ -149,7 +149,7 @@ class TagParser(CallParser):
     _PARAMETER = re.compile(r"<parameter=([^<>\n]+)>(.*?)</parameter>\s*", re.DOTALL)
 
     def _parse(self) -> Parsing[ParsedCalls]:
-        while self._FUNCTION.startswith(rest := self._text[(start := _past(self._OPEN, self._text, 0)) :]):
+        while self._FUNCTION.startswith(rest := self._text[(start := past(self._OPEN, self._text, 0)) :]):
             yield
         if rest.startswith(self._FUNCTION):
             return (yield from self._parse_function(start))
@@ -208,7 +208,7 @@ class LlamaParser(CallParser):
     _FIRST_KEYS = ('name"', 'function"', 'arguments"', 'parameters"', 'type"', 'id"')
 
     def _parse(self) -> Parsing[ParsedCalls]:
-        while (start := _past(self._OPEN, self._text, 0)) == len(self._text):
+        while (start := past(self._OPEN, self._text, 0)) == len(self._text):
             yield
         while first := self._FIRST.match(self._text, start):
             key = first[1] or ""

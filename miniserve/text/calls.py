@@ -41,32 +41,32 @@ def json_calls(text: str, name: str = "") -> list[Call]:
     try:
         value = msgspec.json.decode(text)  # strict everywhere: what is passed on as raw text below is sound
         if name:
-            calls = [_call_with(name, text)]
-        else:
-            written = msgspec.json.decode(text if isinstance(value, list) else f"[{text}]", type=list[_Written])
-            calls = [_call(entry) for entry in written]
+            return [_call_with(name, text)]
+        written = msgspec.json.decode(text if isinstance(value, list) else f"[{text}]", type=list[_Written])
+        return [_call(entry) for entry in written]
     except (ValueError, RecursionError):
         return []
-    return [call for call in calls if call is not None] if None not in calls else []
 
 
-def _call(written: _Written) -> Call | None:
+def _call(written: _Written) -> Call:
     said = msgspec.json.decode(written.function or b'""', type=str | _Written)
     inner = _Written(said) if isinstance(said, str) else said
     name = written.name or inner.name
     arguments = written.arguments or written.parameters or inner.arguments or inner.parameters
-    return _call_with(name, bytes(arguments or b"{}").decode()) if name else None
+    return _call_with(name, bytes(arguments or b"{}").decode())
 
 
-def _call_with(name: str, text: str) -> Call | None:
+def _call_with(name: str, text: str) -> Call:
     """The call with the arguments `text`, kept as the model wrote them; a JSON string is taken for the text inside.
-    None if they are no object. Raises `ValueError` or `RecursionError` for what is no JSON."""
+    Raises `ValueError` or `RecursionError` for what is no object in JSON, and where there is no `name`."""
     value = msgspec.json.decode(text)
     if isinstance(value, str):
         text, value = value, msgspec.json.decode(value)
     if value is None:
         text, value = "{}", {}
-    return Call(name, text.strip()) if isinstance(value, dict) else None
+    if not (name and isinstance(value, dict)):
+        raise ValueError
+    return Call(name, text.strip())
 
 
 def sound(text: str) -> bool:

@@ -17,7 +17,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 from llguidance.gbnf_to_lark import gbnf_to_lark
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
-from miniserve.config import tables
+from miniserve.config import problem, tables
 from miniserve.sampling_params import Grammar, ParameterError
 from miniserve.text.messages import levels
 from miniserve.text.schemas import held
@@ -54,8 +54,7 @@ def lark_grammar(text: str) -> Grammar:
     try:
         return Grammar("lark", text if _LARK.search(text) else gbnf_to_lark(text))
     except Exception as error:  # whatever the library's converter runs into
-        said = f"`structured_outputs.grammar` is neither Lark nor GBNF: {error}."
-        raise ParameterError("structured_outputs", said) from error
+        raise ParameterError("structured_outputs", problem("text.no_grammar", error=error)) from error
 
 
 def quoted(text: str) -> str:
@@ -73,7 +72,7 @@ class Compiler:
         self._failure = ""
         ends = sorted(i for i in tokenizer.eos_token_ids if i < self.vocab_size)
         try:
-            self._vocabulary = LLTokenizer(tokenizer.to_json(), n_vocab=self.vocab_size, eos_token=ends or None)
+            self._vocabulary = LLTokenizer(tokenizer.backend.to_str(), n_vocab=self.vocab_size, eos_token=ends or None)
         except Exception as error:  # the library raises nothing more precise
             self._failure = f"llguidance does not understand this model's tokenizer: {error}."
         self._cache: OrderedDict[Grammar, LLMatcher] = OrderedDict()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from miniserve.text.call_parsers import PARSERS, CallParser, ParsedCalls
+from miniserve.text.call_parsers import PARSERS, CallParser, ParsedCalls, past
 from miniserve.text.calls import Begun, Schemas
 from miniserve.text.detokenizer import beginning
 from miniserve.text.formats import ReasoningMarks, ToolFormat
@@ -112,11 +112,10 @@ class CallScanner:
             return False
         held, at, kept = self._held, -1, ""
         if self._format.bare and self._fresh:
-            passed = self._BARE.match(held)
-            assert passed is not None
-            if passed.end() == len(held) and not final:
+            begun = past(self._BARE, held, 0)
+            if begun == len(held) and not final:
                 return False
-            at = passed.end() if held.startswith("{", passed.end()) else -1
+            at = begun if held.startswith("{", begun) else -1
         if at < 0:
             marked = self._starts.search(held)
             at = marked.start() if marked else len(held) - (0 if final else beginning(held, self._format.starts))

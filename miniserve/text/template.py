@@ -46,8 +46,7 @@ class ChatTemplates:
                 self._compiled[name] = environment.from_string(text)
                 self.settable |= find_undeclared_variables(environment.parse(text))
             except jinja2.TemplateError as error:
-                said = f"The chat template is not valid jinja: {error.message}"
-                raise ParameterError("chat_template", said) from error
+                raise ParameterError("chat_template", problem("text.no_jinja", why=error.message)) from error
         self.settable -= RESERVED | variables.keys() | environment.globals.keys()
 
     def render(

@@ -55,7 +55,7 @@ class Tokenizer:
 
     `vocab_size` is one more than the highest token id (the model's own may be padded beyond). `eos_token_ids` end a
     turn. `special_ids` are the tokens left out of text when special tokens are skipped. `template_text` is the source
-    of all templates, and of the checkpoint's response template.
+    of all templates, and of the checkpoint's response template. `backend` is the library's own tokenizer.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Tokenizer:
         """As `load`. `settings` are what tokenizer_config.json says: the templates see its special tokens."""
         backend.no_truncation()
         backend.no_padding()
-        self._backend = backend
+        self.backend = backend
         added = backend.get_added_tokens_decoder()
         self._added = {i: token.content for i, token in added.items()}
         control = {i: token.content for i, token in added.items() if is_control(token.content, token.special)}
@@ -117,23 +117,20 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a raw prompt. Control tokens spelled in it are parsed; it is the client's own prompt."""
-        return encode_all(self._backend, [text], add_special_tokens)[0]
+        return encode_all(self.backend, [text], add_special_tokens)[0]
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence; bytes that are no UTF-8 become U+FFFD."""
         # As with `encode`: the call for one keeps the GIL.
-        return str(self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0])
+        return str(self.backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0])
 
     def _token_bytes(self, token: int) -> bytes:
         if token in self._added:
             return self._added[token].encode()
-        return self._bytes_of(self._backend.id_to_token(token) or "") if 0 <= token < self.vocab_size else b""
+        return self._bytes_of(self.backend.id_to_token(token) or "") if 0 <= token < self.vocab_size else b""
 
     def control_id(self, text: str) -> int | None:
         return self._control_ids.get(text)
-
-    def to_json(self) -> str:
-        return self._backend.to_str()
 
     def rendered(self, messages: list[Message]) -> str | None:
         """A conversation of plain text as the chat template renders it; None where it refuses."""

@@ -1,7 +1,5 @@
 """Admission: a waiting sequence gets all pages of its tokens at once, minus those that are found with its prefix."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from miniserve.cluster.messages import Counters

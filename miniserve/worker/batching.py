@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from miniserve.cluster.messages import StepTime
-from miniserve.kv.pages import OutOfPages, PagePool
+from miniserve.kv.pages import PagePool
 from miniserve.worker.sequence import Sequence, State
 from miniserve.worker.snapshots import Snapshots
 from miniserve.worker.step import Work
@@ -85,18 +85,16 @@ class Batching:
         """A page for the next token, from the youngest sequences if need be; False if this one had to give way."""
         if len(sequence.pages) * self.page_tokens >= sequence.length:
             return True
-        while True:
-            try:
-                sequence.pages += self.pool.allocate(1, now)
-                return True
-            except OutOfPages:
-                if self.snapshots is not None and self.snapshots.shed(running, now):
-                    continue
-                # Never one that gives its KV to another worker, or gets it: they do not grow and end by themselves.
-                victim = next(s for s in reversed(running) if s.state is State.RUNNING and s.prefill_for is None)
-                self.preempt(victim)
-                if victim is sequence:
-                    return False
+        while not self.pool.num_available:
+            if self.snapshots is not None and self.snapshots.shed(running, now):
+                continue
+            # Never one that gives its KV to another worker, or gets it: they do not grow and end by themselves.
+            victim = next(s for s in reversed(running) if s.state is State.RUNNING and s.prefill_for is None)
+            self.preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.pages += self.pool.allocate(1, now)
+        return True
 
     def _draft(self, decodes: list[Sequence], now: float) -> list[Work]:
         """The next token of each, and where rows and pages suffice a guess of how it goes on."""

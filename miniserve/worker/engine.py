@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -75,17 +75,8 @@ class Engine:
         self.watermark = max(1, self.pool.num_pages // 100)
         """Pages that are kept back for running sequences to grow into."""
         self._admissions = Admissions(self.pool, self.host, self.disk, self.snapshots, self.page_tokens, self.watermark)
-        self._batching = Batching(
-            pool=self.pool,
-            page_tokens=self.page_tokens,
-            max_num_batched_tokens=self.max_num_batched_tokens,
-            max_model_len=self.max_model_len,
-            watermark=self.watermark,
-            pace=self.pace,
-            draft_rows=self.draft_rows,
-            preempt=self._preempt,
-            snapshots=self.snapshots,
-        )
+        same = {field.name: getattr(self, field.name) for field in fields(Batching) if field.name != "preempt"}
+        self._batching = Batching(**same, preempt=self._preempt)
         self._turns: dict[str, Sequence] = {}
 
     @property

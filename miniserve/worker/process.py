@@ -61,7 +61,6 @@ class Worker:
         self._early: list[messages.Envelope] = []  # messages of peers that have not been announced yet
         self._addresses: set[str] = set()  # the inboxes of the workers that live
         self._outputs: list[messages.TurnOutput] = []
-        self._moves: list[messages.Move] = []
         self._stopped: list[str] = []
         self._steps: list[messages.StepTime] = []
         self._busy = 0.0
@@ -86,7 +85,8 @@ class Worker:
         now = self.clock()
         self._busy += now - started
         # A message to an idle worker (a release, an abort) has changed its state, and no step will report that.
-        if self._outputs or self._moves or (self._idle and heard) or now - self._reported > IDLE_SECONDS:
+        news = self._outputs or self.handoffs.receiver.moves
+        if news or (self._idle and heard) or now - self._reported > IDLE_SECONDS:
             self._report(now)
         self._idle = not computed and not self.engine.has_work
 
@@ -104,9 +104,8 @@ class Worker:
             self.handoffs.sender.publish(sequence, first)
         for sequence, reason in step.refused:
             self.handoffs.sender.refuse(sequence, reason)
-        outputs, moves = self.handoffs.receiver.take()
-        self._outputs += outputs + step.outputs
-        self._moves += moves
+        self._outputs += self.handoffs.receiver.outputs + step.outputs
+        self.handoffs.receiver.outputs.clear()
         if step.time is not None:
             self._steps.append(step.time)
         return step.time is not None
@@ -159,23 +158,21 @@ class Worker:
 
     def _start(self, run: messages.Run) -> None:
         """Queue a turn. The frontend has checked it; what slipped through ends this turn and nothing else."""
-        limit, vocab = self.engine.max_model_len, self.vocab_size
-        error = ""
-        if not 0 < len(run.tokens) < limit or not 0 <= min(run.tokens) <= max(run.tokens) < vocab:
-            error = f"{len(run.tokens)} tokens do not fit {limit}, or are outside the vocabulary of {vocab}."
+        limit, vocab, count = self.engine.max_model_len, self.vocab_size, len(run.tokens)
         try:
             run.params.validate(vocab)
-        except ParameterError as wrong:
-            error = wrong.message
-        if error:
-            self._outputs.append(messages.Failed(run.turn, run.prior, error))
-            return
-        self.engine.add(Sequence.of(run, self.layout))
+            if not 0 < count < limit or not 0 <= min(run.tokens) <= max(run.tokens) < vocab:
+                what = f"{count} tokens do not fit {limit}, or are outside the vocabulary of {vocab}."
+                raise ParameterError("prompt", what)
+            self.engine.add(Sequence.of(run, self.layout))
+        except ParameterError as error:
+            self._outputs.append(messages.Failed(run.turn, run.prior, error.message))
 
     def _report(self, now: float) -> None:
-        report = messages.Report(self._outputs, self._moves, self._stats(), self._steps, self._stopped)
+        moves, self.handoffs.receiver.moves = self.handoffs.receiver.moves, []
+        report = messages.Report(self._outputs, moves, self._stats(), self._steps, self._stopped)
         self.outboxes.send(self.frontend, report)
-        self._outputs, self._moves, self._steps, self._stopped = [], [], [], []
+        self._outputs, self._steps, self._stopped = [], [], []
         self._reported = now
 
     def _stats(self) -> messages.WorkerStats:

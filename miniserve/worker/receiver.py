@@ -47,17 +47,11 @@ class Receiver:
     send: Callable[[str, Message], None]
     clock: Callable[[], float]
     moves: list[Move] = field(default_factory=list)
-    """Handoffs that ended well since the last report."""
+    """Handoffs that ended well since the last report; who reports them empties both lists."""
     outputs: list[TurnOutput] = field(default_factory=list)
     """First tokens that came with a commit since the last report."""
     pulls: dict[str, Pull] = field(default_factory=dict)
     """Those under way, by turn."""
-
-    def take(self) -> tuple[list[TurnOutput], list[Move]]:
-        """What is to be reported: `outputs` and `moves`, which are empty afterwards."""
-        taken = self.outputs, self.moves
-        self.outputs, self.moves = [], []
-        return taken
 
     @property
     def copying(self) -> bool:

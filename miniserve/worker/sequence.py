@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import KW_ONLY, dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from miniserve.cluster.messages import FinishReason, Keep, Prefill, Run, TokenLogprob
 from miniserve.config import tables
 from miniserve.kv.disk import Load
-from miniserve.kv.hashing import extend_hash, page_hashes, root_hash
+from miniserve.kv.hashing import page_hashes, root_hash
 from miniserve.kv.pages import PagePool
 from miniserve.sampling_params import SamplingParams
 from miniserve.states import follow, transitions
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from miniserve.worker.grammar import Matcher
 
 
-class State(Enum):
+class State(StrEnum):
     """Where a sequence stands on its worker."""
 
     COMPILING = "compiling"
@@ -39,8 +39,6 @@ class State(Enum):
     """It was prefilled for another worker, which may still copy the pages."""
     FINISHED = "finished"
     """It is over, and its pages are given back."""
-
-    __hash__ = object.__hash__  # Enum's own is Python code, run at each look into a table.
 
 
 TRANSITIONS = transitions(State, tables("states.toml")["sequence"])
@@ -240,7 +238,7 @@ class Sequence:
         full = self.given // page_tokens
         hashes = self.hashes(page_tokens)[:full]
         if tail := self.tokens[full * page_tokens : self.given]:
-            hashes.append(extend_hash(hashes[-1] if hashes else self.root, tail))
+            hashes += page_hashes(hashes[-1] if hashes else self.root, tail, len(tail))
         return hashes
 
     def extend(self, tokens: list[int], eos: frozenset[int], max_len: int) -> None:

@@ -12,6 +12,7 @@ need, kept in host memory, handed over and checked as pages are.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -80,10 +81,9 @@ class Snapshots:
         """Whether `other`, which is prefilled here, will leave a snapshot that takes `sequence` further than the
         `found` pages: it is told to, if it has not come to the end of what both share."""
         ours, theirs = sequence.hashes(self.page_tokens), other.hashes(self.page_tokens)
-        shared, most = 0, min(len(ours), len(theirs), sequence.findable // self.page_tokens)
-        while shared < most:  # equal up to some page, and different from there on
-            middle = (shared + most + 1) // 2
-            shared, most = (middle, most) if ours[middle - 1] == theirs[middle - 1] else (shared, middle - 1)
+        most = min(len(ours), len(theirs), sequence.findable // self.page_tokens)
+        # Equal up to some page, and different from there on.
+        shared = bisect_left(range(most), True, key=lambda page: ours[page] != theirs[page])
         end = shared * self.page_tokens
         if shared <= found or other.state is not State.RUNNING:
             return False

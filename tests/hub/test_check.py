@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from miniserve.hub.check import ModelError
+from miniserve.config import ConfigError
 from miniserve.hub.resolve import resolve
 from miniserve.text.tokenizer import Tokenizer
 from tests.support import tiny
@@ -21,7 +21,7 @@ def folder(tiny_models: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def refusal(model: str | Path) -> str:
-    with pytest.raises(ModelError) as raised:
+    with pytest.raises(ConfigError) as raised:
         resolve(str(model))
     return str(raised.value)
 

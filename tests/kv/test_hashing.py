@@ -9,7 +9,7 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miniserve.kv.hashing import HASH_BYTES, extend_hash, page_hashes, root_hash
+from miniserve.kv.hashing import HASH_BYTES, page_hashes, root_hash
 
 ROOT = root_hash("layout")
 TOKENS = st.lists(st.integers(0, 2), max_size=12)
@@ -44,7 +44,7 @@ def test_hashing_goes_on_where_it_stopped(tokens: list[int], page_tokens: int, d
 
 def test_the_known_pages_are_not_hashed_again() -> None:
     known = [b"k" * HASH_BYTES]
-    assert page_hashes(ROOT, [1, 2], 1, known) == [known[0], extend_hash(known[0], [2])]
+    assert page_hashes(ROOT, [1, 2], 1, known) == [known[0], *page_hashes(known[0], [2], 1)]
 
 
 def test_layout_and_salt_separate_caches() -> None:
@@ -54,7 +54,8 @@ def test_layout_and_salt_separate_caches() -> None:
 
 
 def test_large_token_ids_are_told_apart() -> None:
-    assert extend_hash(ROOT, [1, 0]) != extend_hash(ROOT, [1 + 2**8, 0]) != extend_hash(ROOT, [1 + 2**16, 0])
+    small, middle, large = (page_hashes(ROOT, [token, 0], 2) for token in (1, 1 + 2**8, 1 + 2**16))
+    assert small != middle != large
 
 
 def test_every_process_gives_the_same_names() -> None:

@@ -132,7 +132,9 @@ class Offloading:
         self.seconds_a_copy = seconds_a_copy
         memory = KVMemory(PageShape(1, 1, 1, 1, torch.int64), pages, torch.device("cpu"))
         self.bytes = memory.pages.view(pages, -1)
-        self.host = HostPool(SwapSpace(memory, slots, clock=self.clock), ExpectedNeed())
+        swap = SwapSpace(memory, slots)
+        swap.clock = self.clock
+        self.host = HostPool(swap, ExpectedNeed())
         self.pool = PagePool(pages, ExpectedNeed(), on_evict=self.host.store)
 
     def clock(self) -> float:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from miniserve.cluster.messages import Keep
-from miniserve.kv.eviction import UNKNOWN, ExpectedNeed, LeastRecentlyUsed
+from miniserve.kv.eviction import UNKNOWN, ExpectedNeed
 from miniserve.kv.hashing import snapshot_names
 from miniserve.kv.pages import OutOfPages, PagePool
 from tests.support.one_token_pages import KEEPS, LATER, SOON, Turn, cache, cached, hashes
@@ -26,7 +26,7 @@ class Pool(RuleBasedStateMachine):
 
     @initialize(num_pages=st.integers(1, 10), caching=st.booleans(), lru=st.booleans())
     def make(self, num_pages: int, caching: bool, lru: bool) -> None:
-        self.order = LeastRecentlyUsed() if lru else ExpectedNeed()
+        self.order = ExpectedNeed(lru)
         self.pool = PagePool(num_pages, self.order, caching=caching)
         self.lru = lru
         self.memory: list[tuple[int, ...] | None] = [None] * num_pages
@@ -208,7 +208,7 @@ def test_nothing_is_matched_behind_a_gap() -> None:
     assert pool.match(hashes(1, 2)) == []
 
 
-@pytest.mark.parametrize(("order", "kept"), [(ExpectedNeed(), 1), (LeastRecentlyUsed(), 0)])
+@pytest.mark.parametrize(("order", "kept"), [(ExpectedNeed(), 1), (ExpectedNeed(lru=True), 0)])
 def test_what_builds_on_a_page_protects_it_but_not_from_lru(order: ExpectedNeed, kept: int) -> None:
     """As above, but the pool knows what comes before what."""
     pool = PagePool(4, order)

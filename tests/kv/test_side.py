@@ -233,7 +233,8 @@ def test_a_slot_is_restored_before_it_is_used_again(streams: list[LazyStream]) -
 def test_copies_are_timed_by_the_gpu(streams: list[LazyStream], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LazyStream, "lead", lambda self: None)
     memory = device_memory(1)
-    swap = HostPool(SwapSpace(memory, 4, clock=lambda: pytest.fail("not the host's clock")), ExpectedNeed())
+    swap = HostPool(slots := SwapSpace(memory, 4), ExpectedNeed())
+    slots.clock = lambda: pytest.fail("not the host's clock")
     swap.store(evicted(3), 0.0)
     assert swap.slots.page_seconds == 0.0
     assert swap.match([bytes([3]) * 16], Keep(page_seconds=1.0)), "not known yet: as good as computing"

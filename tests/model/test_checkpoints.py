@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from miniserve.config import ConfigError
-from miniserve.hub.check import ModelError, check_folder
+from miniserve.hub.check import check_folder
 from miniserve.hub.resolve import resolve
 from miniserve.model.checkpoints import Safetensors, checked
 from miniserve.ops.quantized import Quantized, dense
@@ -232,7 +232,7 @@ REFUSED["rounded activations"] = (w8a8, "compressed-tensors, int-quantized, inte
 def test_another_packing_is_refused_by_its_name(tiny_folder: Path, tmp_path: Path, case: str) -> None:
     says, name = REFUSED[case]
     folder = write_packed(tiny_folder, tmp_path / "m", compressed, says or [says], tmp_path / "plain")
-    with pytest.raises(ModelError, match="which is not served: miniserve serves int4 and int8") as refused:
+    with pytest.raises(ConfigError, match="which is not served: miniserve serves int4 and int8") as refused:
         check_folder(folder, dummy=False)
     assert f"is quantized ({name})" in str(refused.value)
 
@@ -262,7 +262,7 @@ def test_the_estimate_is_no_less_than_the_weights(tiny_folder: Path, tmp_path: P
 def test_packed_tensors_that_config_does_not_speak_of_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
     folder = write_packed(tiny_folder, tmp_path / "m", gptq, {"quant_method": "gptq", "bits": 4}, tmp_path / "plain")
     tiny.edit_json(folder / "config.json", quantization_config=None)
-    with pytest.raises(ModelError, match=r"GPTQ or AWQ: it has tensors named \*\.qweight"):
+    with pytest.raises(ConfigError, match=r"GPTQ or AWQ: it has tensors named \*\.qweight"):
         check_folder(folder, dummy=False)
     tensors = load_file(folder / "model.safetensors")
     save_file({name: tensor for name, tensor in tensors.items() if "q_proj" not in name}, folder / "model.safetensors")

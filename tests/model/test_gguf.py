@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miniserve.config import ConfigError
-from miniserve.hub.check import ModelError, check_folder
+from miniserve.hub.check import check_folder
 from miniserve.hub.resolve import resolve
 from miniserve.model.checkpoints import GgufTensors
 from miniserve.model.config import ModelConfig
@@ -98,7 +98,7 @@ def test_the_folder_is_made_once_and_again_when_the_file_changes(tiny_folder: Pa
     # Larger or smaller: a worker that starts once more must not read it by the index of the old one.
     for content in (file.read_bytes(), b"GGUF"):
         file.write_bytes(content)
-        with pytest.raises(ModelError, match="start the server again"):
+        with pytest.raises(ConfigError, match="start the server again"):
             check_folder(found.folder, dummy=False)
 
 
@@ -131,10 +131,10 @@ def test_llama_3_scaling_is_told_by_its_factors(tiny_folder: Path, tmp_path: Pat
     file = write_gguf(tiny_folder, tmp_path / "m.gguf", extra={"rope_freqs.weight": factors})
     assert resolve(str(file)).config["rope_scaling"] == said
     write_gguf(tiny_folder, file, extra={"rope_freqs.weight": factors + torch.arange(16)})
-    with pytest.raises(ModelError, match=r"rope_freqs.weight other than Llama 3's"):
+    with pytest.raises(ConfigError, match=r"rope_freqs.weight other than Llama 3's"):
         resolve(str(file))
     write_gguf(tiny_folder, file, extra={"blk.0.ffn_gate_inp.weight": factors})
-    with pytest.raises(ModelError, match=r"has the tensor blk.0.ffn_gate_inp.weight, which no llama"):
+    with pytest.raises(ConfigError, match=r"has the tensor blk.0.ffn_gate_inp.weight, which no llama"):
         resolve(str(file))
 
 
@@ -151,7 +151,7 @@ def test_llama_3_scaling_is_told_by_its_factors(tiny_folder: Path, tmp_path: Pat
 )
 def test_another_model_is_refused(tiny_folder: Path, tmp_path: Path, meta: dict[str, object], says: str) -> None:
     file = write_gguf(tiny_folder, tmp_path / "m.gguf", **meta)
-    with pytest.raises(ModelError, match=says) as refused:
+    with pytest.raises(ConfigError, match=says) as refused:
         resolve(str(file))
     assert "\n" not in str(refused.value)
 
@@ -161,11 +161,11 @@ def test_a_damaged_file_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     whole = file.read_bytes()
     for size in (0, 3, 30, 5000, len(whole) - 1000):
         file.write_bytes(whole[:size])
-        with pytest.raises(ModelError, match=r"download it again") as refused:
+        with pytest.raises(ConfigError, match=r"download it again") as refused:
             resolve(str(file))
         assert "\n" not in str(refused.value)
     (tmp_path / "n.gguf").touch()
-    with pytest.raises(ModelError, match=r"several models \(m.gguf, n.gguf\): give one"):
+    with pytest.raises(ConfigError, match=r"several models \(m.gguf, n.gguf\): give one"):
         resolve(str(tmp_path))
 
 
@@ -217,7 +217,7 @@ def test_a_sentencepiece_vocabulary_becomes_a_tokenizer(tiny_folder: Path, tmp_p
     }
     found = Tokenizer.load(resolve(str(write_gguf(tiny_folder, tmp_path / "m.gguf", **meta))).folder)
     ids = found.encode("hello the 1", add_special_tokens=False)
-    assert [found._backend.id_to_token(token) for token in ids] == ["\u2581hello", "\u2581the", "\u2581", "<0x31>"]
+    assert [found.backend.id_to_token(token) for token in ids] == ["\u2581hello", "\u2581the", "\u2581", "<0x31>"]
     assert found.decode(ids) == "hello the 1"
     assert found.encode("hello")[0] == 1
     assert found.eos_token_ids == {2}

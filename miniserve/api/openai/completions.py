@@ -116,7 +116,10 @@ class CompletionWriter(ChunkWriter):
     ) -> dict[str, Any]:
         if opens := choice.index not in self._scores:
             self._scores[choice.index] = CompletionLogprobWriter(self.tokenizer, choice.params)
-        echo = self._echo(choice) if opens and self.request.echo else None
+        echo = None
+        if opens and self.request.echo:
+            prompt = "" if self.request.return_token_ids else self.request.prompt[choice.index // choice.params.n]
+            echo = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
         answer: dict[str, Any] = {
             "index": choice.index,
             "text": (echo or "") + "".join(map(str, parts)),  # without a reader all parts are text
@@ -125,15 +128,9 @@ class CompletionWriter(ChunkWriter):
             "stop_reason": choice.stop_reason if ended else None,
         }
         if choice.params.logprobs is not None:
-            prompt = [] if echo is None else [*zip(choice.prompt, [None, *choice.prompt_logprobs], strict=False)]
-            answer["logprobs"] = self._scores[choice.index].write(logprobs, echo or "", prompt)
+            echoed = [] if echo is None else [*zip(choice.prompt, [None, *choice.prompt_logprobs], strict=False)]
+            answer["logprobs"] = self._scores[choice.index].write(logprobs, echo or "", echoed)
         if self.request.return_token_ids:
             answer["prompt_token_ids"] = choice.prompt if opens else None
             answer["token_ids"] = choice.take_tokens()
         return answer | prompt_logprobs(self.tokenizer, choice, self.request.prompt_logprobs)
-
-    def _echo(self, choice: Choice) -> str:
-        if self.request.return_token_ids:
-            return ""
-        prompt = self.request.prompt[choice.index // choice.params.n]
-        return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)

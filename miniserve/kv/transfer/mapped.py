@@ -4,10 +4,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from miniserve.cluster.messages import Peer, PoolInfo
-from miniserve.kv.memory import KVMemory, SharedMemory
+from miniserve.kv.memory import KVMemory
 from miniserve.kv.side import Fence, PassedFence, SideStream, copy_pages
 
 
@@ -40,8 +41,8 @@ class MappedTransfer:
         """Raises OSError or RuntimeError if the pool cannot be mapped: the peer is gone, or the driver will not."""
         pool, self.side = peer.pool, None if memory.shared is not None else SideStream(memory.pages.device)
         if self.side is None:
-            theirs = SharedMemory.attach(pool.pid, pool.fd, pool.num_pages * pool.page_bytes)
-            self._theirs: Any = theirs.reshape(pool.num_pages, pool.page_bytes)
+            at, shape = f"/proc/{pool.pid}/fd/{pool.fd}", (pool.num_pages, pool.page_bytes)
+            self._theirs: Any = np.asarray(np.memmap(at, np.uint8, "r", shape=shape))
             self._ours: Any = memory.bytes.numpy()
         else:
             self._theirs, self._ours = map_pool(pool, memory.pages.device), memory.bytes.view(torch.int64)

@@ -158,7 +158,7 @@ class Side:
             step = self.engine.step()
             for sequence, first in step.prefilled:
                 self.handoffs.sender.publish(sequence, first)
-            self.handoffs.receiver.take()
+            self.handoffs.receiver.outputs.clear()
 
 
 def handing_over() -> dict[str, int]:
