@@ -113,8 +113,9 @@ def draw(weights: Tensor, temperature: Tensor | None, points: Tensor) -> Tensor:
 
 
 def _passed(sums: Tensor, at: Tensor) -> Tensor:
-    """Where running `sums` pass `at`, `[n, 1]`; rounding may put that past the last weight that is not zero."""
-    last = torch.searchsorted(sums, sums[:, -1:].contiguous())
+    """Where running `sums` pass `at`, `[n, 1]`; rounding may put that past the last weight that is not zero. 0 where
+    the sums are no numbers."""
+    last = (sums < sums[:, -1:]).sum(-1, keepdim=True)
     return torch.minimum(torch.searchsorted(sums, at, right=True), last)
 
 

@@ -35,8 +35,8 @@ def test_a_draw_inverts_the_running_sum(width: int) -> None:
     numbers = torch.Generator().manual_seed(width)
     weights = torch.rand(40, width, generator=numbers) * (torch.rand(40, width, generator=numbers) < 0.5)
     weights[:, width // 2] = 1.0
-    for points in (torch.rand(40, 1, generator=numbers, dtype=torch.float64), *torch.tensor([[[0.0]], [[1 - 2**-53]]])):
-        points = points.double().expand(40, 1).contiguous()
+    ends = torch.tensor([[[0.0]], [[1 - 2**-53]]], dtype=torch.float64)
+    for points in (torch.rand(40, 1, generator=numbers, dtype=torch.float64), *ends.expand(2, 40, 1)):
         sums = weights.double().cumsum(-1)
         drawn = draw(weights, None, points)
         assert bool((weights.gather(1, drawn) > 0).all())
@@ -50,3 +50,18 @@ def test_the_only_weight_is_drawn(at: int) -> None:
     weights = torch.zeros(3, 20 * BLOCK + 1)
     weights[:, at] = 0.25
     assert draw(weights, None, torch.tensor([[0.0], [0.5], [1 - 2**-53]], dtype=torch.float64)).tolist() == [[at]] * 3
+
+
+@pytest.mark.parametrize("width", [60, 20 * BLOCK + 1])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+@pytest.mark.parametrize("kind", [{}, {"top_p": 0.9}], ids=["drawn", "filtered"])
+def test_a_row_of_no_numbers_harms_no_other(width: int, wrong: float, kind: dict[str, Any]) -> None:
+    """As a model overflows in fp16: that row has some token of the vocabulary, and the others theirs."""
+    sampler = Sampler(frozenset(), TorchOps(torch.device("cpu"), torch.float32))
+    logits = torch.randn(3, width, generator=torch.Generator().manual_seed(3))
+    sequences = [Sequence(f"{n}", [1], SamplingParams(**kind), 40 + n, b"") for n in range(3)]
+    sound = sampler.sample(logits.clone(), sequences).tokens.tolist()
+    logits[1, 5] = wrong
+    first, middle, last = sampler.sample(logits, sequences).tokens.tolist()
+    assert [first, last] == [sound[0], sound[2]]
+    assert 0 <= middle < width
