@@ -242,7 +242,8 @@ def size_pool(config: EngineConfig, choices: Choices, weights: int, activations:
 
 def step_bytes(transformer: Transformer, choices: Choices) -> int:
     """Bytes that the largest step takes on a GPU beside weights and KV, measured: all tokens of the budget, as far as
-    all sequences have so many, shared by them; each samples with all filters."""
+    all sequences have so many, shared by them; each samples with all filters. Then one draws without, so that kernels
+    that are compiled for this vocabulary are so before a request waits for them."""
     shape, device = choices.shape, choices.device
     budget = min(choices.budget, choices.sequences * choices.max_model_len)
     count = min(choices.sequences, budget)
@@ -257,8 +258,11 @@ def step_bytes(transformer: Transformer, choices: Choices) -> int:
     state = StateMemory(choices.state, 1, memory).state if choices.state else None
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    ModelRunner(transformer, memory, frozenset(), state=state).launch(batch)()
+    runner = ModelRunner(transformer, memory, frozenset(), state=state)
+    runner.launch(batch)()
     taken = torch.cuda.max_memory_allocated(device) - before
+    batch[0].sequence.params = SamplingParams()
+    runner.launch(batch[:1])()
     del memory, state
     torch.cuda.empty_cache()
     return taken

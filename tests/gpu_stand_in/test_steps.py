@@ -63,6 +63,11 @@ def test_no_step_launches_more(found: dict[str, Any], step: str) -> None:
     assert found["steps"][step]["launches"] <= LAUNCHES[step]
 
 
+def test_no_step_waits_for_a_compiler(found: dict[str, Any]) -> None:
+    """Triton's kernels are compiled at start, also those of draws, whose shapes the vocabulary gives."""
+    assert found["compiled"] == []
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_fresh_prompts_are_attended_by_fa3(found: dict[str, Any], way: str) -> None:
     """Once in each of the two layers."""

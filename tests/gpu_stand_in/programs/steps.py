@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from triton import knobs
+
 from miniserve.sampling_params import SamplingParams
 from miniserve.worker.build import Built
 from scripts.gpu.common import add
@@ -103,19 +105,22 @@ def nodes_of_a_graph(preset: str, layers: int, size: int) -> int:
 
 def main() -> None:
     found: dict[str, Any] = {}
+    compiled: list[str] = []
     for eager in (False, True):
         for overlap in (True, False):
             # Its own context is 8,192 tokens; the length changes nothing else of its shape.
             shape, way = {"max_position_embeddings": 40960}, {"enforce_eager": eager, "async_scheduling": overlap}
             built = engine("llama-3-8b", LAYERS, shape, max_model_len=20480, **way)
             name = f"{'eager' if eager else 'graphs'}, {'overlap' if overlap else 'no overlap'}"
+            knobs.runtime.jit_post_compile_hook = lambda repr, **more: compiled.append(repr)
             found |= {f"{name}: {step}": what for step, what in steps(built)}
+            knobs.runtime.jit_post_compile_hook = None
             del built
     nodes = {}
     for preset, size in (("llama-3-8b", 1), ("llama-3-8b", 16), ("llama-3-8b", 24), ("qwen3-8b", 16), ("qwen3-8b", 24)):
         few, more = (nodes_of_a_graph(preset, layers, size) for layers in (2, 4))
         nodes[f"{preset}, {size}"] = {"of a layer": (more - few) / 2, "besides": 2 * few - more}
-    print(json.dumps({"steps": found, "nodes": nodes}))
+    print(json.dumps({"steps": found, "nodes": nodes, "compiled": compiled}))
 
 
 if __name__ == "__main__":
