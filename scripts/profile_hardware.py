@@ -105,7 +105,8 @@ def quality(hardware: Hardware, found: list[Measured]) -> str:
 
 
 async def message_seconds(config: EngineConfig) -> float:
-    """Half of what the client of a server waits for the first token of a lone turn, beyond the worker's own time."""
+    """Half of what the client of a server waits for the first token of a lone turn, beyond the worker's own time.
+    Raises `ConfigError` if the server fails, or a turn of it."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     with tempfile.TemporaryDirectory() as folder:
@@ -118,6 +119,8 @@ async def message_seconds(config: EngineConfig) -> float:
             prompt = [7] * min(PROMPT, (server.max_model_len or PROMPT) // 2)
             post = partial(http.post, server.generate_url, data=server.body(prompt, 2))
             times = [await ask(post, server, Answer(len(prompt)), 60.0) for _ in range(REPEATS + 1)]
+        if failed := next((turn.error for turn in times if turn.error), ""):
+            raise ConfigError(f"The server that was asked for lone turns failed at one: {failed}")
         lines = [msgspec.json.decode(line) for line in log.read_bytes().splitlines()]
     own = [line["prefill"] for line in lines if line["kind"] == "outcome"]
     return max(statistics.median(t.ttft - known for t, known in zip(times[1:], own[1:], strict=True)), 0.0) / 2

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from miniserve.bench.replay.metrics import TurnTimes
+from miniserve.bench.replay.server import TargetServer
 from miniserve.bench.simulate.hardware import load_hardware
 from miniserve.bench.simulate.run import simulate
+from miniserve.config import ConfigError, EngineConfig
 from scripts import profile_hardware
 from scripts.profile_hardware import COSTS, Measured, fit, quality
 from tests.support.simulated import PLAIN, scripts, simulated
@@ -31,6 +37,22 @@ def test_a_fit_finds_the_constants_again():
     assert quality(fitted, found) == "32 steps; the profile is off by 0% (median), 0% (p95)"
     down = [(n, c, b, s, 1.0 - n / 1000) for n, c, b, s, _ in steps]
     assert fit([Measured(device, down)], "x").per_token == 0.0
+
+
+def test_a_turn_that_fails_is_no_measurement(monkeypatch: pytest.MonkeyPatch):
+    """How long it took to fail says nothing of messages."""
+
+    @asynccontextmanager
+    async def running(*of: object) -> AsyncIterator[TargetServer]:
+        yield TargetServer(root="http://here", kind="miniserve", model="m")
+
+    async def ask(*of: object) -> TurnTimes:
+        return TurnTimes(0.0, 60.0, 60.0, 8, None, 0, "HTTP 500: the engine is gone")
+
+    monkeypatch.setattr(profile_hardware, "running", running)
+    monkeypatch.setattr(profile_hardware, "ask", ask)
+    with pytest.raises(ConfigError, match="failed at one: HTTP 500: the engine is gone"):
+        asyncio.run(profile_hardware.message_seconds(EngineConfig(model="m")))
 
 
 @pytest.mark.long
