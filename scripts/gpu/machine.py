@@ -79,7 +79,9 @@ def modules() -> dict[str, Callable[[], Any]]:
         found[f"decode, heads of {dim}"] = partial(load, "decode", "get_batch_decode_module", *shape)
         found[f"prefill, heads of {dim}"] = partial(load, "prefill", "get_batch_prefill_module", "fa2", *shape, False)
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] == 9:
-        found["fresh prompts, heads of 128"] = partial(load, "prefill", "get_batch_prefill_module", "fa3", *shape, False)
+        found["fresh prompts, heads of 128"] = partial(
+            load, "prefill", "get_batch_prefill_module", "fa3", *shape, False
+        )
     return found
 
 
