@@ -135,8 +135,9 @@ KILLS: dict[str, Callable[[Hosts, int], None]] = {
 }
 
 
-@pytest.mark.parametrize("phase", ["handoff", pytest.param("decode", marks=pytest.mark.long)])
-@pytest.mark.parametrize("what", ["worker", pytest.param("cable", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("phase", ["handoff", "decode"])
+@pytest.mark.parametrize("what", ["worker", "cable"])
 async def test_a_host_is_lost(hosts: Hosts, tiny_folder: Path, what: str, phase: str) -> None:
     """Whoever is lost in whatever phase of several turns at once: each goes on where the client has left off."""
     items = prompts(8, seed=4, shortest=100, longest=160)
@@ -224,6 +225,7 @@ async def test_workers_of_two_ranks_come_and_go(hosts: Hosts, tiny_folder: Path)
         assert await asyncio.gather(*(collect(client, item, greedy(24)) for item in items)) == texts
 
 
+@pytest.mark.long
 async def test_a_stranger_gets_nothing(hosts: Hosts, tiny_folder: Path) -> None:
     """Random bytes, other keys, and half of a greeting at every port: no answer that says anything, nothing changes."""
     item = prompts(1, seed=7, shortest=100, longest=100)[0]

@@ -152,7 +152,7 @@ def answers() -> list[list[tuple[str, str]]]:
     return []
 
 
-OFTEN = "observe", "disaggregated"
+OFTEN = ("observe",)
 CASES = [*OFTEN, *(pytest.param(policy, marks=pytest.mark.long) for policy in POLICIES if policy not in OFTEN)]
 
 

@@ -98,7 +98,7 @@ def models(tiny_models, newer_models):
     [
         ("qwen2", "1D", "colocated", "mapped"),
         ("llama3", "2D", "observe", "mapped"),
-        ("qwen3", "1P1D", "disaggregated", "collective"),
+        long("qwen3", "1P1D", "disaggregated", "collective"),
         ("mistral", "1P2D", "observe", "collective"),
         long("mistral", "1P2D", "conserve", "collective"),
         ("llama", "2P2D", "ampd", "mapped"),
@@ -108,7 +108,7 @@ def models(tiny_models, newer_models):
         ("qwen3_5", "2P2D", "ampd", "mapped"),
         long("qwen3_moe", "2D", "observe", "mapped"),
         ("gemma3", "1P2D", "conserve", "collective"),
-        ("mixtral", "1P1D", "observe", "mapped"),
+        long("mixtral", "1P1D", "observe", "mapped"),
     ],
 )
 async def test_parity(models, arch, topology, policy, transfer):
@@ -184,7 +184,7 @@ async def test_many_streams_a_third_aborted(tiny_models, topology):
 
 @pytest.mark.parametrize(
     ("arch", "seconds"),
-    [("llama3", 0.25), long("qwen3_5", 0.05), ("qwen3_5", 0.15), long("qwen3_5", 0.3), ("qwen3_5", 0.6)],
+    [("llama3", 0.25), long("qwen3_5", 0.05), ("qwen3_5", 0.15), long("qwen3_5", 0.3), long("qwen3_5", 0.6)],
 )
 async def test_losing_the_prefiller_in_mid_flight(models, arch, seconds):
     """D prefills itself; no token is repeated or skipped."""
@@ -201,7 +201,7 @@ async def test_losing_the_prefiller_in_mid_flight(models, arch, seconds):
         await settled(client)
 
 
-@pytest.mark.parametrize(("arch", "seconds"), [("qwen2", 0.3), ("qwen3_5_moe", 0.1), long("qwen3_5_moe", 0.5)])
+@pytest.mark.parametrize(("arch", "seconds"), [("qwen2", 0.3), long("qwen3_5_moe", 0.1), long("qwen3_5_moe", 0.5)])
 async def test_losing_a_decoder_in_mid_flight(models, arch, seconds):
     """Its conversations go on at the other one, from their tokens."""
     folder = models[arch]

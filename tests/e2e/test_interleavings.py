@@ -482,9 +482,11 @@ def quiet():
 
 WORLDS = [*(name for name in POLICIES if name not in ("threshold", "ppd", "affinity")), "anywhere"]
 """Policies that do with messages what no other one of these does."""
+OFTEN = "observe", "conserve", "anywhere"
+CASES = [*OFTEN, *(pytest.param(name, marks=pytest.mark.long) for name in WORLDS if name not in OFTEN)]
 
 
-@pytest.mark.parametrize("policy", WORLDS)
+@pytest.mark.parametrize("policy", CASES)
 @given(seed=st.integers(0, 2**32), deaths=st.integers(0, 3))
 @example(seed=535, deaths=0)  # under ampd, copies that take long after the last turn has ended
 @example(seed=85, deaths=0)  # the same under anywhere
@@ -495,7 +497,7 @@ def test_every_turn_ends_with_its_text_and_nothing_is_held(policy: str, seed: in
     world.check(deaths)
 
 
-@pytest.mark.parametrize("policy", WORLDS)
+@pytest.mark.parametrize("policy", CASES)
 @given(seed=st.integers(0, 2**32), turn=st.integers(0, 8), index=st.sampled_from([0, 1, 4]))
 @example(seed=5289, turn=6, index=1)  # stopped elsewhere, it kills the decoder that another one is tried on next
 @settings(max_examples=20)

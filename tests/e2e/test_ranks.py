@@ -38,7 +38,7 @@ def two(tiny_models, newer_models):
 
 @pytest.mark.parametrize(
     ("arch", "transfer", "swap"),
-    [("qwen3_5", "mapped", 2**22), ("qwen3_5_moe", "collective", 0)],
+    [pytest.param("qwen3_5", "mapped", 2**22, marks=pytest.mark.long), ("qwen3_5_moe", "collective", 0)],
 )
 async def test_handoffs_go_from_rank_to_rank(two, arch, transfer, swap):
     models, settings = two

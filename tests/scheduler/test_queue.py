@@ -454,7 +454,11 @@ def test_turns_of_groups_of_one_are_served_in_the_order_in_which_they_came() -> 
         assert run == f"t{n}.1"
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+OFTEN = "observe", "conserve", "cache-aware"
+CASES = [*OFTEN, *(pytest.param(name, marks=pytest.mark.long) for name in POLICIES if name not in OFTEN)]
+
+
+@pytest.mark.parametrize("policy", CASES)
 @given(seed=st.integers(0, 2**32))
 @example(seed=12828)  # The first of a line moves away, and a turn before the next one of that line takes its home.
 @settings(max_examples=60, deadline=None)
