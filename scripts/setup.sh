@@ -71,7 +71,7 @@ explain() { # what went wrong, from pip's words
     fi
     die "pip failed: see above and $log."
 }
-# Tests import a part of what is installed: Python compiles that by itself, in half the time.
+# Tests import a part of what is installed, which Python compiles by itself: less than all of it.
 lazy=()
 [ "$want" = test ] && lazy=(--no-compile)
 pip() { .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input ${lazy[@]+"${lazy[@]}"} "$@" >>"$log" 2>&1 </dev/null; }
