@@ -11,15 +11,16 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar
-
-import aiohttp
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from miniserve.bench.replay.server import TargetServer, describe
 from miniserve.client import ApiClient
 from miniserve.config import ConfigError, EngineConfig, ServeConfig, Topology
 from miniserve.dispatcher import Dispatcher
 from miniserve.hub.resolve import resolve
+
+if TYPE_CHECKING:
+    import aiohttp
 
 Variant = TypeVar("Variant")
 Result = TypeVar("Result")
@@ -79,6 +80,8 @@ async def cluster(engine: EngineConfig, topology: str, policy: str) -> AsyncIter
 @asynccontextmanager
 async def running(argv: list[str], url: str, http: aiohttp.ClientSession) -> AsyncIterator[TargetServer]:
     """The server at `url` that `argv` starts, once it is up; ended by SIGINT. Raises `ConfigError` if it fails."""
+    import aiohttp  # of the extra `bench`, which most scripts do without
+
     with tempfile.TemporaryFile() as log:
         server = await asyncio.create_subprocess_exec(*argv, stdout=log, stderr=log)
         try:

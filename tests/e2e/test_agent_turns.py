@@ -26,6 +26,7 @@ from miniserve.text.grammar import Compiler
 from miniserve.text.tokenizer import Tokenizer
 from tests.e2e.test_cluster import cluster, settled
 from tests.support import dialects, tiny
+from tests.support.often import often
 
 pytestmark = pytest.mark.slow
 
@@ -152,11 +153,7 @@ def answers() -> list[list[tuple[str, str]]]:
     return []
 
 
-OFTEN = ("observe",)
-CASES = [*OFTEN, *(pytest.param(policy, marks=pytest.mark.long) for policy in POLICIES if policy not in OFTEN)]
-
-
-@pytest.mark.parametrize("policy", CASES)
+@pytest.mark.parametrize("policy", often(POLICIES, "observe"))
 async def test_six_turns_of_calls(folder: Path, policy: str, answers: list[list[tuple[str, str]]]) -> None:
     answers.append(await six_turns(folder, policy))
     assert answers[-1] == answers[0]

@@ -44,6 +44,7 @@ from miniserve.worker.snapshots import Snapshots
 from miniserve.worker.step import Launched, Work
 from tests.support.anywhere import Anywhere
 from tests.support.doors import NO_DOOR
+from tests.support.often import often
 from tests.support.whole import check_pool
 
 PAGE, LONGEST, VOCAB = 4, 64, 1000
@@ -482,8 +483,7 @@ def quiet():
 
 WORLDS = [*(name for name in POLICIES if name not in ("threshold", "ppd", "affinity")), "anywhere"]
 """Policies that do with messages what no other one of these does."""
-OFTEN = "observe", "conserve", "anywhere"
-CASES = [*OFTEN, *(pytest.param(name, marks=pytest.mark.long) for name in WORLDS if name not in OFTEN)]
+CASES = often(WORLDS, "observe", "conserve", "anywhere")
 
 
 @pytest.mark.parametrize("policy", CASES)

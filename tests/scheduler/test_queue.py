@@ -17,6 +17,7 @@ from miniserve.scheduler.conversation import Conversation, Said
 from miniserve.scheduler.queue import Group, WaitingQueue
 from miniserve.scheduler.scheduler import QueueFull, Scheduler
 from miniserve.scheduler.turns import Command, Turn
+from tests.support.often import often
 from tests.support.plain_queue import PlainQueue
 from tests.support.scheduling import (
     end,
@@ -454,11 +455,7 @@ def test_turns_of_groups_of_one_are_served_in_the_order_in_which_they_came() -> 
         assert run == f"t{n}.1"
 
 
-OFTEN = "observe", "conserve", "cache-aware"
-CASES = [*OFTEN, *(pytest.param(name, marks=pytest.mark.long) for name in POLICIES if name not in OFTEN)]
-
-
-@pytest.mark.parametrize("policy", CASES)
+@pytest.mark.parametrize("policy", often(POLICIES, "observe", "conserve", "cache-aware"))
 @given(seed=st.integers(0, 2**32))
 @example(seed=12828)  # The first of a line moves away, and a turn before the next one of that line takes its home.
 @settings(max_examples=60, deadline=None)
